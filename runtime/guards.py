@@ -1,0 +1,60 @@
+"""What stands between a program and its user: exit codes, and errors that can be read.
+
+Bad input is raised as `InputError` where it enters (an argument, a file, a data set) and leaves the program as one
+line and exit code 2; anything else is a defect and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_NON_FINITE = 3
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: "try again later", which a scheduler's requeue rule can tell from a failure
+
+
+class InputError(ValueError):
+    """Bad argument, file or data set. The message names the value and what to do about it."""
+
+
+class NonFiniteError(RuntimeError):
+    """Training met too many non-finite steps in a row. The message names the step and the terms of the loss."""
+
+
+@contextlib.contextmanager
+def input_errors(context: str = "") -> Iterator[None]:
+    """Turn the errors that bad input causes inside the block (ValueError, OSError) into `InputError`.
+
+    For the set-up of a program only: while training, a ValueError is a defect and its traceback is wanted.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, OSError) as error:
+        raise InputError(f"{context}: {error}" if context else str(error)) from error
+
+
+def run_program(main: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> NoReturn:
+    """Run `main(argv)` and leave the process with its exit code; `InputError` becomes one line and code 2."""
+    try:
+        code = main(argv)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = EXIT_BAD_INPUT
+    except NonFiniteError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = EXIT_NON_FINITE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        code = 130
+    except BrokenPipeError:  # `main_dino.py --help | head`: nobody reads on, so nothing may be flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_DONE
+    sys.exit(EXIT_DONE if code is None else code)

@@ -1,0 +1,68 @@
+"""Fixtures that every test may use: real images, and one deterministic arithmetic."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import torch
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def exact_arithmetic():
+    """One thread, full float32: numbers do not depend on the machine's mood or on an earlier test."""
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("highest")
+    torch.manual_seed(0)
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+def _unpacked(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path | None:
+    archive = SHARED_DATA / f"{name}.tar"
+    if not archive.is_file():
+        return None
+    root = tmp_path_factory.mktemp(name)
+    with tarfile.open(archive) as tar:
+        tar.extractall(root, filter="data")
+    (folder,) = root.iterdir()
+    return folder
+
+
+def _demo_folder(root: Path, train: int, val: int, size: int) -> Path:
+    """The built-in demo photographs written out as an image-folder root, where the shared images are absent."""
+    from PIL import Image
+
+    from data.datasets import open_images
+
+    for split, count in (("train", train), ("val", val)):
+        source = open_images(f"demo:{size}", split)
+        for i in range(0, len(source), max(1, len(source) // count)):
+            folder = root / split / source.classes[source.labels[i]]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(source.load(i)).save(folder / f"{i:05d}.jpg")
+    return root
+
+
+@pytest.fixture(scope="session")
+def imagenet_sample(tmp_path_factory) -> Path:
+    """A bare folder of about 100 real photographs (JPEG, varied sizes), without labels."""
+    folder = _unpacked("imagenet_sample_100", tmp_path_factory)
+    if folder is not None:
+        return folder
+    return _demo_folder(tmp_path_factory.mktemp("photographs"), 100, 10, 48) / "train"
+
+
+@pytest.fixture(scope="session")
+def cifar10(tmp_path_factory) -> Path:
+    """An image-folder root (train/ and val/, class folders) of small real JPEG images."""
+    folder = _unpacked("cifar10_12k", tmp_path_factory)
+    return folder if folder is not None else _demo_folder(tmp_path_factory.mktemp("small"), 2000, 500, 32)
