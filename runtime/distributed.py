@@ -1,0 +1,298 @@
+"""Who am I among the processes: rank, world size, device, and the process group.
+
+Read from torchrun, SLURM's srun, OpenMPI, or from nothing (one process), in `launch_environment`. A run of one process
+gets a process group too (over an in-memory store, no port), so that code which calls torch.distributed directly works
+the same everywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import builtins
+import datetime
+import os
+import re
+import socket
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from runtime.guards import InputError
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One process's place in the job, and where the processes meet (None: nowhere, there is only one)."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    launcher: str
+    address: str | None = None
+    port: int | None = None
+
+
+def launch_environment(env: Mapping[str, str]) -> Launch:
+    """Rank, world size, local rank and meeting point from a launcher's environment variables.
+
+    torchrun's variables come first (torchrun inside a SLURM job is common), then srun's, then OpenMPI's.
+    A SLURM batch step without srun is one process, whatever the number of tasks the job reserved.
+    Raises InputError where the variables are incomplete or contradict each other.
+    """
+    if "RANK" in env or ("WORLD_SIZE" in env and "LOCAL_RANK" in env):
+        return _from_torchrun(env)
+    if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return _from_slurm(env)
+    if "OMPI_COMM_WORLD_RANK" in env:
+        return _from_openmpi(env)
+    return Launch(rank=0, world_size=1, local_rank=0, launcher="none")
+
+
+def _number(env: Mapping[str, str], name: str, launcher: str) -> int:
+    if name not in env:
+        raise InputError(f"{launcher} set some of its variables but not {name}; start with torchrun, srun or mpirun")
+    try:
+        return int(env[name])
+    except ValueError:
+        raise InputError(f"{name}={env[name]!r} is not a number; unset it or use one launcher") from None
+
+
+def _checked(launch: Launch) -> Launch:
+    if not 0 <= launch.rank < launch.world_size:
+        raise InputError(
+            f"{launch.launcher}: rank {launch.rank} is outside a world of {launch.world_size} processes; "
+            "unset leftover RANK / WORLD_SIZE variables or start all processes with one launcher"
+        )
+    return launch
+
+
+def _from_torchrun(env: Mapping[str, str]) -> Launch:
+    launch = _checked(
+        Launch(
+            rank=_number(env, "RANK", "torchrun"),
+            world_size=_number(env, "WORLD_SIZE", "torchrun"),
+            local_rank=int(env.get("LOCAL_RANK", "0")),
+            launcher="torchrun",
+            address=env.get("MASTER_ADDR"),
+            port=int(env["MASTER_PORT"]) if "MASTER_PORT" in env else None,
+        )
+    )
+    started_by_torchrun = "TORCHELASTIC_RUN_ID" in env
+    tasks = int(env.get("SLURM_STEP_NUM_TASKS", "1"))
+    if not started_by_torchrun and tasks > 1:
+        slurm = (int(env.get("SLURM_PROCID", "0")), tasks)
+        if slurm != (launch.rank, launch.world_size):
+            raise InputError(
+                f"two launchers disagree: RANK={launch.rank} WORLD_SIZE={launch.world_size}, but srun says "
+                f"SLURM_PROCID={slurm[0]} of {slurm[1]} tasks; unset RANK and WORLD_SIZE, or start torchrun with "
+                "one task per node"
+            )
+    return launch
+
+
+def _from_slurm(env: Mapping[str, str]) -> Launch:
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST") or ""
+    job = int(env.get("SLURM_JOB_ID", env.get("SLURM_JOBID", "0")))
+    step = int(env.get("SLURM_STEP_ID", env.get("SLURM_STEPID", "0")))
+    return _checked(
+        Launch(
+            rank=_number(env, "SLURM_PROCID", "SLURM"),
+            world_size=_number(env, "SLURM_STEP_NUM_TASKS", "SLURM"),
+            local_rank=_number(env, "SLURM_LOCALID", "SLURM"),
+            launcher="slurm",
+            address=env.get("MASTER_ADDR") or first_host(nodes),
+            # Every process computes the same port from the job's numbers; two jobs on a node get different ones.
+            port=int(env["MASTER_PORT"]) if "MASTER_PORT" in env else 20000 + (job * 31 + step * 7) % 40000,
+        )
+    )
+
+
+def _from_openmpi(env: Mapping[str, str]) -> Launch:
+    world = _number(env, "OMPI_COMM_WORLD_SIZE", "OpenMPI")
+    address = env.get("MASTER_ADDR")
+    if address is None:
+        if int(env.get("OMPI_COMM_WORLD_LOCAL_SIZE", str(world))) != world:
+            raise InputError("OpenMPI over several nodes needs MASTER_ADDR: mpirun -x MASTER_ADDR=<first host> ...")
+        address = "127.0.0.1"
+    job = env.get("PMIX_NAMESPACE", env.get("OMPI_MCA_ess_base_jobid", ""))
+    return _checked(
+        Launch(
+            rank=_number(env, "OMPI_COMM_WORLD_RANK", "OpenMPI"),
+            world_size=world,
+            local_rank=_number(env, "OMPI_COMM_WORLD_LOCAL_RANK", "OpenMPI"),
+            launcher="openmpi",
+            address=address,
+            port=int(env["MASTER_PORT"]) if "MASTER_PORT" in env else 20000 + zlib.crc32(job.encode()) % 40000,
+        )
+    )
+
+
+def first_host(node_list: str) -> str:
+    """First host of a SLURM node list: `gpu[03-05,9],login` -> `gpu03`; an empty list is this machine."""
+    match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", node_list)
+    if match is None:
+        return "127.0.0.1"
+    prefix, number, suffix = match.groups()
+    return prefix + (number or "") + (suffix or "")
+
+
+def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
+    """`auto` takes CUDA, then MPS, then the CPU. Raises InputError for a device that is not there."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available():
+            name = "mps"
+        else:
+            name = "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name!r} is unknown; use auto, cuda, cuda:N, mps or cpu") from None
+    if device.type == "cuda":
+        return _cuda_device(device, local_rank)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("--device mps was asked for, but this machine has no MPS; use --device auto or cpu")
+    if device.type not in ("cpu", "mps"):
+        raise InputError(f"--device {name!r} is not supported; use auto, cuda, cuda:N, mps or cpu")
+    return device
+
+
+def _cuda_device(device: torch.device, local_rank: int) -> torch.device:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        raise InputError("--device cuda was asked for, but torch sees no CUDA device; use --device auto or cpu")
+    index = device.index if device.index is not None else local_rank
+    if index >= count:
+        raise InputError(
+            f"GPU index {index} is not there: this node shows {count} CUDA device(s); start at most {count} "
+            "processes per node, or check CUDA_VISIBLE_DEVICES and the job's GPU request"
+        )
+    return torch.device("cuda", index)
+
+
+def init_distributed_mode(args: argparse.Namespace) -> None:
+    """Join the process group and set `args.rank`, `world_size`, `gpu`, `distributed` and `torch_device`.
+
+    Reads `args.device`, `args.backend`, `args.dist_url` and `args.timeout` (seconds) where they exist, as DINO's
+    function does with `args.dist_url`. Calling it again in one process keeps the group that is there.
+    """
+    launch = launch_environment(os.environ)
+    device = choose_device(getattr(args, "device", None) or "auto", launch.local_rank)
+    args.rank, args.world_size, args.gpu = launch.rank, launch.world_size, launch.local_rank
+    args.distributed = launch.world_size > 1
+    args.launcher = launch.launcher
+    args.torch_device = device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = getattr(args, "backend", None) or ("nccl" if device.type == "cuda" else "gloo")
+        if backend == "nccl" and device.type != "cuda":
+            raise InputError(f"--backend nccl needs CUDA, but the device is {device}; leave --backend out or use gloo")
+        _join(launch, backend, getattr(args, "dist_url", "env://"), float(getattr(args, "timeout", None) or 1800))
+
+
+def _join(launch: Launch, backend: str, dist_url: str, timeout_s: float) -> None:
+    timeout = datetime.timedelta(seconds=timeout_s)
+    if launch.world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    if dist_url == "env://":
+        address, port = launch.address or "127.0.0.1", launch.port or 29500
+        dist_url = f"tcp://{address}:{port}"
+        if launch.launcher == "torchrun":
+            dist_url = "env://"  # torchrun's agent already holds the port, and says so in variables only torch reads
+            os.environ.setdefault("MASTER_ADDR", address)
+            os.environ.setdefault("MASTER_PORT", str(port))
+    try:
+        dist.init_process_group(
+            backend, init_method=dist_url, rank=launch.rank, world_size=launch.world_size, timeout=timeout
+        )
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        where = f"{launch.address}:{launch.port}" if dist_url == "env://" else dist_url
+        raise InputError(
+            f"rank {launch.rank} on {socket.gethostname()} could not meet the others at {where}: "
+            f"{str(error).splitlines()[0]}; if the port is in use set MASTER_PORT (or torchrun --master-port) to a "
+            "free one, and check that every process uses one launcher"
+        ) from error
+
+
+def leave() -> None:
+    """Destroy the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def is_dist_avail_and_initialized() -> bool:
+    """Whether a process group exists."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def get_world_size() -> int:
+    """Number of processes; 1 without a process group."""
+    return dist.get_world_size() if is_dist_avail_and_initialized() else 1
+
+
+def get_rank() -> int:
+    """This process's number; 0 without a process group."""
+    return dist.get_rank() if is_dist_avail_and_initialized() else 0
+
+
+def is_main_process() -> bool:
+    """Whether this is rank 0."""
+    return get_rank() == 0
+
+
+def barrier() -> None:
+    """Wait for all processes; nothing to wait for in a run of one."""
+    if get_world_size() > 1:
+        dist.barrier()
+
+
+def broadcast_object(value: Any, source: int = 0) -> Any:
+    """Rank `source`'s value on every rank."""
+    if get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=source)
+    return box[0]
+
+
+def all_gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, in the order of ranks."""
+    if get_world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def reduce_dict(input_dict: dict[str, torch.Tensor], average: bool = True) -> dict[str, torch.Tensor]:
+    """Sum or mean over the processes of each 0-d tensor of the dictionary (DINO's `reduce_dict`)."""
+    if get_world_size() == 1:
+        return input_dict
+    names = sorted(input_dict)  # the same order on every rank, whatever order the dictionaries were built in
+    with torch.no_grad():
+        values = torch.stack([input_dict[name] for name in names])
+        dist.all_reduce(values)
+        if average:
+            values /= get_world_size()
+    return dict(zip(names, values, strict=True))
+
+
+def setup_for_distributed(is_master: bool) -> None:
+    """Silence `print` on all ranks but the master, unless `force=True` (for scripts written against DINO).
+
+    The programs here do not use it: they print through `runtime.log.say`.
+    """
+    original = builtins.print
+
+    def print_on_master(*args: Any, force: bool = False, **kwargs: Any) -> None:
+        if is_master or force:
+            original(*args, **kwargs)
+
+    builtins.print = print_on_master
