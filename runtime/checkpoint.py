@@ -91,7 +91,9 @@ def write_json_atomic(path: str | Path, value: Any) -> None:
 
 
 def finite_json(value: Any) -> Any:
-    """The value with what strict JSON cannot hold replaced: non-finite numbers by None, tuples by lists, paths by str."""
+    """The value with what strict JSON cannot hold replaced: non-finite numbers by None, tuples
+    by lists, paths by strings.
+    """
     if isinstance(value, float | np.floating):
         return float(value) if np.isfinite(value) else None
     if isinstance(value, np.integer):
@@ -244,17 +246,17 @@ def _globals_of_stream(stream: bytes) -> list[str]:
     names: list[str] = []
     strings: list[
         str
-    ] = []  # the operands a STACK_GLOBAL may take: the last two strings pushed, or fetched from the memo
+    ] = []  # a STACK_GLOBAL takes the last two, pushed or fetched from the memo
     memo: dict[int, str] = {}
     position = 0
     try:
         while position < len(stream):  # torch's old format writes several pickles, one after the other
-            for opcode, argument, at in pickletools.genops(stream[position:]):
+            for opcode, argument, offset in pickletools.genops(stream[position:]):
                 if opcode.name in ("GLOBAL", "INST"):
                     names.append(str(argument).replace(" ", "."))
                 elif opcode.name == "STACK_GLOBAL":
                     names.append(".".join(strings[-2:]))
-                elif isinstance(argument, str) and "UNICODE" in opcode.name or "STRING" in opcode.name:
+                elif (isinstance(argument, str) and "UNICODE" in opcode.name) or "STRING" in opcode.name:
                     strings.append(str(argument))
                 elif opcode.name == "MEMOIZE":
                     memo[len(memo)] = strings[-1] if strings else ""
@@ -262,7 +264,7 @@ def _globals_of_stream(stream: bytes) -> list[str]:
                     memo[int(argument)] = strings[-1] if strings else ""
                 elif opcode.name in ("BINGET", "LONG_BINGET", "GET") and int(argument) in memo:
                     strings.append(memo[int(argument)])
-            position += at + 1
+            position += offset + 1
     except Exception:  # the rest is no pickle (tensor bytes, or damage): what was found so far is what there is to name
         pass
     return names

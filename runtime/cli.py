@@ -43,7 +43,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return f"{', '.join(shown)} {self._format_args(action, action.dest.upper())}"
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or isinstance(action.default, bool) and action.nargs == 0:
+        if action.default is None or (isinstance(action.default, bool) and action.nargs == 0):
             return action.help
         if action.help and "default" in action.help:
             return action.help

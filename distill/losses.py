@@ -1,0 +1,117 @@
+"""DINO's loss: cross entropy between the teacher's centered, sharpened output and the student's, over pairs of views.
+
+Shapes: B images, V student views (2 global first), K prototypes.
+
+For teacher views q_0, q_1 and student views p_0 .. p_{V-1} the mean over the 2 (V - 1) pairs (i, v != i) of the batch
+mean of -sum_k q_i log p_v. A student view v meets the sum Q_v of the teacher views other than itself, so one
+log-softmax and one product per view give the same number as one per pair. Beside the loss: the teacher's entropy over
+the same pairs, and KL = loss - entropy. Where a teacher probability underflows to 0 its term is 0 (the published code
+gives NaN there).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from runtime.distributed import get_world_size
+
+
+def teacher_temp_schedule(warmup_temp: float, temp: float, warmup_epochs: int, epochs: int) -> np.ndarray:
+    """Teacher temperature of each epoch, (epochs,): linear over the warm-up, which is cut to `epochs`, then constant."""
+    warmup = np.linspace(warmup_temp, temp, warmup_epochs)[:epochs]
+    return np.concatenate([warmup, np.full(max(0, epochs - warmup_epochs), temp)])
+
+
+def teacher_probabilities(teacher_output: Tensor, center: Tensor, temp: float) -> Tensor:
+    """softmax((t - center) / temp) in float32, (2B, K)."""
+    return F.softmax((teacher_output.detach().float() - center) / temp, dim=-1)
+
+
+def mean_entropy(probabilities: Tensor) -> Tensor:
+    """Mean over rows of -sum p log p, with 0 log 0 = 0; a 0-d tensor in nats."""
+    return torch.special.entr(probabilities).sum(dim=-1).mean()
+
+
+def cross_entropy_over_pairs(student_output: Tensor, targets: Tensor, student_temp: float) -> Tensor:
+    """DINO's cross entropy from student logits (V·B, K) and teacher probabilities (2·B, K); a 0-d tensor in nats."""
+    first, second = targets.chunk(2)
+    batch = len(first)
+    views = student_output.split(batch)
+    both = first + second if len(views) > 2 else None  # what every local view is compared with
+    total = student_output.new_zeros((), dtype=torch.float32)
+    for v, view in enumerate(views):
+        target = second if v == 0 else first if v == 1 else both
+        log_p = F.log_softmax(view.float() / student_temp, dim=-1)
+        total = total - (target * log_p).sum() / batch
+    return total / (2 * (len(views) - 1))
+
+
+class DINOLoss(nn.Module):
+    """DINO's loss with its center, a buffer (1, K) that is part of the checkpoint as `dino_loss`.
+
+    `forward` computes the terms and then updates the center, as DINO's does. The training step calls the parts, so
+    that it can refuse a non-finite step before the center changes.
+    """
+
+    def __init__(
+        self,
+        out_dim: int,
+        ncrops: int,
+        warmup_teacher_temp: float,
+        teacher_temp: float,
+        warmup_teacher_temp_epochs: int,
+        nepochs: int,
+        student_temp: float = 0.1,
+        center_momentum: float = 0.9,
+    ) -> None:
+        super().__init__()
+        if ncrops < 2:
+            raise ValueError(f"ncrops is {ncrops}; DINO compares at least the 2 global crops")
+        self.ncrops = ncrops
+        self.student_temp = student_temp
+        self.center_momentum = center_momentum
+        self.register_buffer("center", torch.zeros(1, out_dim))
+        self.teacher_temp_schedule = teacher_temp_schedule(
+            warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, nepochs
+        )
+
+    def teacher_temp(self, epoch: int) -> float:
+        """Teacher temperature of an epoch; the last one's for epochs beyond the schedule."""
+        return float(self.teacher_temp_schedule[min(epoch, len(self.teacher_temp_schedule) - 1)])
+
+    def forward(self, student_output: Tensor, teacher_output: Tensor, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(V·B, K), (2·B, K) -> (loss, entropy, kl), 0-d tensors; updates the center afterwards."""
+        terms = self.terms(student_output, teacher_output, epoch)
+        self.update_center(teacher_output)
+        return terms
+
+    def terms(self, student_output: Tensor, teacher_output: Tensor, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, entropy, kl) with the present center, which stays as it is."""
+        batch, rest = divmod(len(student_output), self.ncrops)
+        if rest or len(teacher_output) != 2 * batch:
+            raise ValueError(
+                f"{len(student_output)} student and {len(teacher_output)} teacher outputs do not belong to "
+                f"{self.ncrops} and 2 crops of one batch"
+            )
+        targets = teacher_probabilities(teacher_output, self.center, self.teacher_temp(epoch))
+        loss = cross_entropy_over_pairs(student_output, targets, self.student_temp)
+        entropy = mean_entropy(targets)
+        return loss, entropy, loss.detach() - entropy
+
+    @torch.no_grad()
+    def update_center(self, teacher_output: Tensor) -> None:
+        """center <- momentum · center + (1 - momentum) · mean of the teacher's outputs over all processes."""
+        total = teacher_output.float().sum(dim=0, keepdim=True)
+        if get_world_size() > 1:
+            dist.all_reduce(total)
+        self.apply_center(total / (len(teacher_output) * get_world_size()))
+
+    @torch.no_grad()
+    def apply_center(self, batch_center: Tensor, skip: Tensor | None = None) -> None:
+        """Move the center towards `batch_center` (1, K); not where the 0-d bool tensor `skip` is true."""
+        moved = self.center * self.center_momentum + batch_center * (1 - self.center_momentum)
+        self.center.copy_(moved if skip is None else torch.where(skip, self.center, moved))

@@ -1,0 +1,115 @@
+"""Published recipes: from an architecture's name to its family, and to the family's defaults. Imports no torch.
+
+The SimPool recipes are those of its paper's 100-epoch ImageNet-1k runs, for ViT-S/16, ResNet-50 and ConvNeXt-S;
+`dino` is DINO's own for ViT-S/16. A recipe sets only what differs between them; flags given by the user win.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_SIMPOOL_VIT = {
+    "batch_size_per_gpu": 100,
+    "optimizer": "adamw",
+    "lr": 5e-4,
+    "min_lr": 1e-5,
+    "weight_decay": 0.04,
+    "weight_decay_end": 0.4,
+    "out_dim": 65536,
+    "use_bn_in_head": False,
+    "norm_last_layer": False,
+    "momentum_teacher": 0.996,
+    "warmup_teacher_temp": 0.04,
+    "teacher_temp": 0.07,
+    "warmup_teacher_temp_epochs": 30,
+    "warmup_epochs": 10,
+    "global_crops_scale": (0.25, 1.0),
+    "local_crops_scale": (0.05, 0.25),
+    "local_crops_number": 6,
+    "clip_grad": 0.0,
+    "freeze_last_layer": 1,
+    "drop_path_rate": 0.1,
+}
+
+_SIMPOOL_RESNET = {
+    **_SIMPOOL_VIT,
+    "batch_size_per_gpu": 90,
+    "optimizer": "lars",
+    "lr": 0.3,
+    "min_lr": 0.0048,
+    "weight_decay": 1e-6,
+    "weight_decay_end": 1e-6,
+    "out_dim": 60000,
+    "use_bn_in_head": True,
+    "norm_last_layer": True,
+    "warmup_teacher_temp_epochs": 50,
+    "global_crops_scale": (0.14, 1.0),
+    "local_crops_scale": (0.05, 0.14),
+    "drop_path_rate": 0.0,
+}
+
+_SIMPOOL_CONVNEXT = {
+    **_SIMPOOL_VIT,
+    "batch_size_per_gpu": 60,
+    "lr": 1e-3,
+    "min_lr": 2e-6,
+    "norm_last_layer": True,
+    "warmup_teacher_temp_epochs": 50,
+    "global_crops_scale": (0.14, 1.0),
+    "local_crops_scale": (0.05, 0.14),
+    "clip_grad": 0.3,
+    "freeze_last_layer": 3,
+    "drop_path_rate": 0.4,
+}
+
+_DINO = {
+    **_SIMPOOL_VIT,
+    "batch_size_per_gpu": 64,
+    "min_lr": 1e-6,
+    "norm_last_layer": True,
+    "teacher_temp": 0.04,
+    "warmup_teacher_temp_epochs": 0,
+    "global_crops_scale": (0.4, 1.0),
+    "local_crops_scale": (0.05, 0.4),
+    "local_crops_number": 8,
+    "clip_grad": 3.0,
+}
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "simpool_vit": _SIMPOOL_VIT,
+    "simpool_resnet": _SIMPOOL_RESNET,
+    "simpool_convnext": _SIMPOOL_CONVNEXT,
+    "dino": _DINO,
+}
+
+# Convolutional families of timm's zoo. What is not listed here is taken for a transformer, whose recipe (AdamW, no
+# batch statistics) is the safer start for an unknown model.
+_RESNET_LIKE = ("resnet", "resnext", "wide_resnet", "regnet", "seresnet", "ecaresnet", "densenet", "vgg", "rexnet")
+_CONVNEXT_LIKE = ("convnext", "efficientnet", "tf_efficientnet", "mobilenet", "convmixer", "poolformer", "nfnet")
+
+
+def family(arch: str) -> str:
+    """`vit`, `resnet` or `convnext`: whose recipe an architecture follows, by its name."""
+    name = arch.lower()
+    if name.startswith(_RESNET_LIKE):
+        return "resnet"
+    if name.startswith(_CONVNEXT_LIKE):
+        return "convnext"
+    return "vit"
+
+
+def recipe_name(arch: str, recipe: str = "auto") -> str:
+    """The recipe's full name: `auto` and `simpool` mean the SimPool recipe of the architecture's family.
+
+    Raises ValueError for an unknown recipe.
+    """
+    if recipe in ("auto", "simpool"):
+        return f"simpool_{family(arch)}"
+    if recipe not in RECIPES:
+        raise ValueError(f"unknown recipe {recipe!r}; choose auto, {', '.join(RECIPES)}")
+    return recipe
+
+
+def recipe_defaults(arch: str, recipe: str = "auto") -> dict[str, Any]:
+    """A recipe's values by flag name."""
+    return dict(RECIPES[recipe_name(arch, recipe)])

@@ -1,0 +1,34 @@
+"""The teacher: an exponential moving average of the student's parameters (never of its buffers)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class ParameterAverage:
+    """teacher <- m · teacher + (1 - m) · student, over parameters matched by name, all in one fused call.
+
+    Raises ValueError where a teacher's parameter has no counterpart in the student.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
+        source = {name.removeprefix("module."): p for name, p in student.named_parameters()}
+        pairs = [(name.removeprefix("module."), p) for name, p in teacher.named_parameters()]
+        missing = [name for name, _ in pairs if name not in source]
+        if missing:
+            raise ValueError(f"the student has no parameter for the teacher's {', '.join(missing[:5])}")
+        self._teacher: list[Tensor] = [p for _, p in pairs]
+        self._student: list[Tensor] = [source[name] for name, _ in pairs]
+
+    @torch.no_grad()
+    def update(self, momentum: float, skip: Tensor | None = None) -> None:
+        """One step of the average. Where the 0-d bool tensor `skip` is true the teacher stays bit for bit as it is."""
+        if skip is None:
+            torch._foreach_lerp_(self._teacher, self._student, 1 - momentum)
+            return
+        # A weight of exactly 0 leaves t + 0 · (s - t) = t, and needs no answer from the device.
+        weight = torch.where(skip, 0.0, 1 - momentum).to(torch.float32)
+        step = torch._foreach_sub(self._student, self._teacher)
+        torch._foreach_mul_(step, weight)
+        torch._foreach_add_(self._teacher, step)

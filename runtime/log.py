@@ -1,0 +1,327 @@
+"""What a run tells its user: lines on the terminal, meters, log.txt, TensorBoard.
+
+Meters take 0-d tensors as they are and read them only when they are asked for a number, so that a training step on a
+GPU never waits for the host.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import sys
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from runtime.checkpoint import finite_json, fsync_folder, write_text_atomic
+from runtime.distributed import get_world_size, is_dist_avail_and_initialized, is_main_process
+
+T = TypeVar("T")
+
+
+def say(message: str = "") -> None:
+    """Print on rank 0, at once, without breaking a progress bar on the same terminal."""
+    if not is_main_process():
+        return
+    if sys.stdout.isatty() and "tqdm" in sys.modules:
+        sys.modules["tqdm"].tqdm.write(message)
+    else:
+        print(message, flush=True)
+
+
+class Progress(Iterable[T]):
+    """Iterate and show how far it is: a tqdm bar on a terminal, a plain line now and then in a log file.
+
+    Plain lines come after the first item, then at most once in `every_s` seconds, and at the end. Ranks other than 0
+    show nothing. `set_text` sets the numbers shown behind the count.
+    """
+
+    def __init__(
+        self,
+        iterable: Iterable[T],
+        total: int | None = None,
+        desc: str = "",
+        *,
+        start: int = 0,
+        every_s: float = 30.0,
+        unit: str = "it",
+    ) -> None:
+        self._iterable = iterable
+        self._total = total if total is not None else (len(iterable) if hasattr(iterable, "__len__") else None)
+        self._desc, self._start, self._every_s, self._unit = desc, start, every_s, unit
+        self._text = ""
+        self._bar: Any = None
+
+    def set_text(self, text: str) -> None:
+        """Numbers to show behind the count, from the next update on."""
+        self._text = text
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+
+    def __iter__(self) -> Iterator[T]:
+        if not is_main_process():
+            return iter(self._iterable)
+        return self._with_bar() if sys.stderr.isatty() else self._with_lines()
+
+    def _with_bar(self) -> Iterator[T]:
+        from tqdm import tqdm
+
+        with tqdm(
+            self._iterable, self._desc, self._total, initial=self._start, unit=self._unit, dynamic_ncols=True
+        ) as bar:
+            self._bar = bar
+            yield from bar
+        self._bar = None
+
+    def _with_lines(self) -> Iterator[T]:
+        begin = shown = time.monotonic()
+        done = self._start
+        for item in self._iterable:
+            yield item
+            done += 1
+            now = time.monotonic()
+            first, last = done == self._start + 1, done == self._total
+            if first or last or now - shown >= self._every_s:
+                shown = now
+                print(self._line(done, now - begin), flush=True)
+
+    def _line(self, done: int, elapsed_s: float) -> str:
+        line = f"{self._desc} {done}" + (f"/{self._total}" if self._total else "")
+        if self._total and done < self._total and done > self._start:
+            left = elapsed_s / (done - self._start) * (self._total - done)
+            line += f"  eta {datetime.timedelta(seconds=int(left))}"
+        return line + (f"  {self._text}" if self._text else "")
+
+
+def progress(iterable: Iterable[T], total: int | None = None, desc: str = "", **kwargs: Any) -> Progress[T]:
+    """Shorthand for `Progress`, for loops that show only their count."""
+    return Progress(iterable, total, desc, **kwargs)
+
+
+class SmoothedValue:
+    """A series of numbers: the last ones in a window, and the mean of all (DINO's interface)."""
+
+    def __init__(self, window_size: int = 20, fmt: str | None = None) -> None:
+        self.fmt = fmt or "{median:.6f} ({global_avg:.6f})"
+        self._window: deque[float] = deque(maxlen=window_size)
+        self._total = 0.0
+        self._count = 0
+        self._pending: list[tuple[Any, int]] = []
+
+    def update(self, value: float | torch.Tensor, n: int = 1) -> None:
+        """Add a number that stands for `n` samples. A tensor is kept as it is and read when a number is asked for."""
+        self._pending.append((value.detach() if isinstance(value, torch.Tensor) else value, n))
+        if len(self._pending) >= 1024:
+            self._read()
+
+    def _read(self) -> None:
+        pending, self._pending = self._pending, []
+        for value, n in pending:
+            number = float(value)
+            self._window.append(number)
+            self._total += number * n
+            self._count += n
+
+    @property
+    def count(self) -> int:
+        """Number of samples added."""
+        self._read()
+        return self._count
+
+    @property
+    def total(self) -> float:
+        """Sum over the samples."""
+        self._read()
+        return self._total
+
+    @property
+    def median(self) -> float:
+        """Median of the window."""
+        self._read()
+        return torch.tensor(list(self._window)).median().item() if self._window else float("nan")
+
+    @property
+    def avg(self) -> float:
+        """Mean of the window."""
+        self._read()
+        return sum(self._window) / len(self._window) if self._window else float("nan")
+
+    @property
+    def global_avg(self) -> float:
+        """Mean of all samples."""
+        self._read()
+        return self._total / self._count if self._count else float("nan")
+
+    @property
+    def max(self) -> float:
+        """Maximum of the window."""
+        self._read()
+        return max(self._window, default=float("nan"))
+
+    @property
+    def value(self) -> float:
+        """The last number."""
+        self._read()
+        return self._window[-1] if self._window else float("nan")
+
+    def synchronize_between_processes(self) -> None:
+        """Sum count and total over the processes; the window stays this process's own."""
+        if not is_dist_avail_and_initialized():
+            return
+        self._read()
+        device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+        sums = torch.tensor([self._count, self._total], dtype=torch.float64, device=device)
+        dist.all_reduce(sums)
+        count, self._total = sums.tolist()
+        self._count = int(count)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What an exact resume within an epoch needs."""
+        self._read()
+        return {"window": list(self._window), "total": self._total, "count": self._count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self._pending = []
+        self._window = deque(state["window"], maxlen=self._window.maxlen)
+        self._total, self._count = state["total"], state["count"]
+
+    def __str__(self) -> str:
+        return self.fmt.format(
+            median=self.median, avg=self.avg, global_avg=self.global_avg, max=self.max, value=self.value
+        )
+
+
+class MetricLogger:
+    """Named `SmoothedValue`s, and a loop that prints them (DINO's interface)."""
+
+    def __init__(self, delimiter: str = "\t") -> None:
+        self.meters: dict[str, SmoothedValue] = defaultdict(SmoothedValue)
+        self.delimiter = delimiter
+
+    def update(self, **values: float | torch.Tensor) -> None:
+        """Add one number to each named meter."""
+        for name, value in values.items():
+            self.meters[name].update(value)
+
+    def add_meter(self, name: str, meter: SmoothedValue) -> None:
+        """Use `meter` under `name`."""
+        self.meters[name] = meter
+
+    def __getattr__(self, name: str) -> Any:
+        meters = self.__dict__.get("meters", {})
+        if name in meters:
+            return meters[name]
+        raise AttributeError(f"{type(self).__name__} has no attribute and no meter named {name!r}")
+
+    def __str__(self) -> str:
+        return self.delimiter.join(f"{name}: {meter}" for name, meter in self.meters.items())
+
+    def synchronize_between_processes(self) -> None:
+        """Make `global_avg` the mean over all processes, for every meter."""
+        for meter in self.meters.values():
+            meter.synchronize_between_processes()
+
+    def averages(self) -> dict[str, float]:
+        """`global_avg` of every meter."""
+        return {name: meter.global_avg for name, meter in self.meters.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What an exact resume within an epoch needs."""
+        return {name: meter.state_dict() for name, meter in self.meters.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        for name, meter_state in state.items():
+            self.meters[name].load_state_dict(meter_state)
+
+    def log_every(self, iterable: Iterable[T], print_freq: int, header: str = "") -> Iterator[T]:
+        """Iterate; every `print_freq` items print the meters, the time of an item, and of waiting for its data."""
+        total = len(iterable) if hasattr(iterable, "__len__") else None
+        iteration_s, data_s = SmoothedValue(fmt="{avg:.4f}"), SmoothedValue(fmt="{avg:.4f}")
+        begin = end = time.monotonic()
+        for i, item in enumerate(iterable):
+            data_s.update(time.monotonic() - end)
+            yield item
+            iteration_s.update(time.monotonic() - end)
+            if i % print_freq == 0 or i + 1 == total:
+                left = "?" if total is None else datetime.timedelta(seconds=int(iteration_s.avg * (total - i - 1)))
+                parts = [f"{header} [{i}/{total}]", f"eta: {left}", str(self), f"time: {iteration_s}", f"data: {data_s}"]
+                say(self.delimiter.join(part for part in parts if part))
+            end = time.monotonic()
+        say(f"{header} Total time: {datetime.timedelta(seconds=int(time.monotonic() - begin))}")
+
+
+def device_line(device: torch.device) -> str:
+    """What computes: the device's name, and how many processes share the work."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    return f"{device.type} ({name}), {get_world_size()} process(es), torch {torch.__version__}"
+
+
+# ------------------------------------------------------------------------------------------------ log.txt
+
+
+def append_json_line(path: Path, row: dict[str, Any]) -> None:
+    """Append one JSON object as one line, durable when this returns."""
+    new = not path.exists()
+    with open(path, "ab") as file:
+        file.write((json.dumps(finite_json(row)) + "\n").encode())
+        file.flush()
+        os.fsync(file.fileno())
+    if new:
+        fsync_folder(path.parent)
+
+
+def cut_json_lines(path: Path, first_epoch: int) -> int:
+    """Drop rows of epochs from `first_epoch` on, which a resumed run writes again, and a line torn by a kill.
+
+    Returns the number of rows dropped. An epoch that stands twice keeps its first row.
+    """
+    if not path.exists():
+        return 0
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    kept: list[str] = []
+    seen: set[int] = set()
+    for line in lines:
+        try:
+            epoch = json.loads(line)["epoch"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if epoch < first_epoch and epoch not in seen:
+            seen.add(epoch)
+            kept.append(line)
+    if len(kept) != len(lines) or not path.read_bytes().endswith((b"\n", b"")):
+        write_text_atomic(path, "".join(line + "\n" for line in kept))
+    return len(lines) - len(kept)
+
+
+# ------------------------------------------------------------------------------------------------ TensorBoard
+
+
+class TensorBoard:
+    """Scalars under `output_dir/tensorboard`, written by rank 0 only."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        self._writer = None
+        if is_main_process():
+            from tensorboardX import SummaryWriter
+
+            # purge_step makes TensorBoard hide what a killed run wrote beyond the step that is resumed from.
+            self._writer = SummaryWriter(str(folder), purge_step=first_step, flush_secs=30)
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Write each value under its tag at `step`."""
+        if self._writer is not None:
+            for tag, value in values.items():
+                self._writer.add_scalar(tag, value, step)
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        if self._writer is not None:
+            self._writer.close()
