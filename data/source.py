@@ -1,0 +1,106 @@
+"""What a set of images is to the rest of the program: a length, pixels by index, labels, names.
+
+Names and labels live in flat arrays, never in Python lists: a list of a million strings is copied page by page into
+every forked worker as its reference counts change, and pickled into every spawned one. torch tensors are shared with
+either kind of worker.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+
+from data.decode import Picture
+
+
+class PackedStrings:
+    """A read-only sequence of strings in two flat arrays: UTF-8 bytes and the offset where each string ends."""
+
+    def __init__(self, blob: np.ndarray, ends: np.ndarray):
+        self._blob, self._ends = torch.from_numpy(blob), torch.from_numpy(ends)
+
+    @classmethod
+    def pack(cls, strings: Iterable[str]) -> PackedStrings:
+        # surrogateescape: a file name need not be valid UTF-8
+        encoded = [s.encode("utf-8", "surrogateescape") for s in strings]
+        blob = np.frombuffer(bytearray(b"".join(encoded)), dtype=np.uint8)
+        return cls(blob, np.cumsum([len(e) for e in encoded], dtype=np.int64))
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """The bytes (uint8) and the ends (int64), without a copy."""
+        return self._blob.numpy(), self._ends.numpy()
+
+    def __len__(self) -> int:
+        return self._ends.numel()
+
+    def __getitem__(self, i: int) -> str:
+        blob, ends = self.arrays()
+        if not -len(ends) <= i < len(ends):
+            raise IndexError(f"entry {i} of {len(ends)}")
+        i %= len(ends)
+        start = ends[i - 1] if i else 0
+        return blob[start : ends[i]].tobytes().decode("utf-8", "surrogateescape")
+
+    def take(self, indices: np.ndarray) -> PackedStrings:
+        """The strings at `indices`, packed."""
+        return PackedStrings.pack(self[int(i)] for i in indices)
+
+    def digest(self) -> bytes:
+        blob, ends = self.arrays()
+        return hashlib.sha256(blob.tobytes() + ends.tobytes()).digest()
+
+
+class ImageSource:
+    """A fixed sequence of images; the index of an image never changes.
+
+    Subclasses implement `open(i)` and `name(i)`, and call this constructor.
+    labels: one class number per image, or None; classes: the names of the classes, by number.
+    identity: bytes that differ between different sets of images (names, not the place where they lie).
+    """
+
+    def __init__(
+        self,
+        count: int,
+        labels: np.ndarray | None = None,
+        classes: Sequence[str] | None = None,
+        in_chans: int = 3,
+        identity: bytes = b"",
+        where: str = "",
+    ):
+        self._count = count
+        self._labels = None if labels is None else torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int64))
+        self.classes = None if classes is None else list(classes)
+        self.in_chans = in_chans
+        self.where = where
+        self._identity = identity
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """Class numbers, (len,) int64, or None where the set has no labels."""
+        return None if self._labels is None else self._labels.numpy()
+
+    def open(self, i: int) -> Picture:
+        """The i-th image with its size known and its pixels not decoded yet. Raises `BadImage`."""
+        raise NotImplementedError
+
+    def name(self, i: int) -> str:
+        """Where the i-th image comes from, for messages."""
+        raise NotImplementedError
+
+    def load(self, i: int) -> np.ndarray:
+        """Pixels of the i-th image, (H, W, C) uint8, EXIF orientation applied. Raises `BadImage`."""
+        return self.open(i).pixels()
+
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits that tell this set of images, in this order with these labels, from another."""
+        digest = hashlib.sha256(self._identity)
+        digest.update(f"{self._count} {self.in_chans}".encode())
+        if self._labels is not None:
+            digest.update(self._labels.numpy().tobytes())
+        return digest.hexdigest()[:12]
