@@ -261,7 +261,7 @@ def _through_mean(
     values: Tensor, weights: Tensor, slope: Tensor, gamma: float | None, lowest: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
     """From the slope (b, 1, D) back through the weighted mean: gradients of LN(X) (b, N, D) and of a (b, N, h)."""
-    per_head = (weights.shape[2], -1)
+    per_head = (weights.shape[2], values.shape[2] // weights.shape[2])  # (h, d)
     grad_values = _spread(weights, values) * slope
     if gamma is None:
         return grad_values, (values * slope).unflatten(-1, per_head).sum(-1)
@@ -275,7 +275,7 @@ def _through_mean(
 def _take_from_minimum(grad_values: Tensor, lowest: tuple[Tensor, Tensor]) -> None:
     """The minimum is subtracted everywhere, so its own gradient is minus the sum of the others', in place."""
     place = lowest[1]
-    flat = grad_values.view(place.shape[0], -1)
+    flat = grad_values.view(1, -1) if place.shape[0] == 1 else grad_values.flatten(1)
     flat.scatter_add_(1, place, -flat.sum(1, keepdim=True))
 
 
@@ -299,14 +299,15 @@ def _softmax_backward(weights: Tensor, grad_weights: Tensor) -> Tensor:
 
 def _fold(query: Tensor, wk: Tensor, heads: int) -> Tensor:
     """Wk^T q of each head: (B, D) -> (B, h, D)."""
-    return torch.einsum("bhd,hde->bhe", query.unflatten(-1, (heads, -1)), wk.unflatten(0, (heads, -1)))
+    per_head = (heads, wk.shape[0] // heads)  # (h, d)
+    return torch.einsum("bhd,hde->bhe", query.unflatten(1, per_head), wk.unflatten(0, per_head))
 
 
 def _unfold(grad_key: Tensor, query: Tensor, wk: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of `_fold` for the query (B, D) and for Wk (D, D)."""
-    heads = grad_key.shape[1]
-    grad_query = torch.einsum("bhe,hde->bhd", grad_key, wk.unflatten(0, (heads, -1))).flatten(1)
-    grad_wk = torch.einsum("bhd,bhe->hde", query.unflatten(-1, (heads, -1)), grad_key).flatten(0, 1)
+    per_head = (grad_key.shape[1], wk.shape[0] // grad_key.shape[1])
+    grad_query = torch.einsum("bhe,hde->bhd", grad_key, wk.unflatten(0, per_head)).flatten(1)
+    grad_wk = torch.einsum("bhd,bhe->hde", query.unflatten(1, per_head), grad_key).flatten(0, 1)
     return grad_query, grad_wk
 
 
