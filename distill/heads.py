@@ -1,0 +1,110 @@
+"""DINO's projection head: an MLP, L2 normalisation, and a weight-normalised layer of K prototypes.
+
+Follows "Emerging Properties in Self-Supervised Vision Transformers" (ICCV 2021), with the parameter names of its
+checkpoints: `mlp.*`, `last_layer.weight_g`, `last_layer.weight_v`. torch's own weight normalisation names the latter
+two otherwise, and the older one cannot be deep-copied, hence a layer of our own.
+
+The bottleneck is normalised in float32 under autocast too: float16 loses the small norms.
+
+Shape letters: N rows (views times images), K prototypes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class WeightNormLinear(nn.Module):
+    """Linear layer without bias whose rows are g · v / |v|, with v the parameter weight_v and g weight_g.
+
+    Args:
+        in_features, out_features: widths.
+        train_scale: whether the row norms weight_g (K, 1) are trained; they start, and otherwise stay, at 1.
+    """
+
+    def __init__(self, in_features: int, out_features: int, train_scale: bool = False) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight_g = nn.Parameter(torch.ones(out_features, 1), requires_grad=train_scale)
+        self.weight_v = nn.Parameter(torch.empty(out_features, in_features))
+        nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))
+        self.register_load_state_dict_pre_hook(_rename_parametrized)
+
+    @property
+    def weight(self) -> Tensor:
+        """The effective weight (K, in_features)."""
+        return torch._weight_norm(self.weight_v, self.weight_g, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_features) -> (N, K)"""
+        return F.linear(x, self.weight)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def _rename_parametrized(module, state_dict, prefix, *_) -> None:
+    """Checkpoints written with torch.nn.utils.parametrizations.weight_norm load as well."""
+    for new, old in (("original0", "weight_g"), ("original1", "weight_v")):
+        key = f"{prefix}parametrizations.weight.{new}"
+        if key in state_dict:
+            state_dict[prefix + old] = state_dict.pop(key)
+
+
+class DINOHead(nn.Module):
+    """Features (N, in_dim) to prototype logits (N, out_dim).
+
+    Args:
+        in_dim: width of the backbone's feature.
+        out_dim: K, the number of prototypes.
+        use_bn: BatchNorm before each GELU.
+        norm_last_layer: keep the prototypes at norm 1 (weight_g frozen).
+        nlayers: linear layers of the MLP, at least 1.
+        hidden_dim, bottleneck_dim: widths inside the MLP, and of what the prototypes see.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        use_bn: bool = False,
+        norm_last_layer: bool = True,
+        nlayers: int = 3,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+    ) -> None:
+        super().__init__()
+        self.mlp = _mlp(in_dim, hidden_dim, bottleneck_dim, max(1, nlayers), use_bn)
+        self.mlp.apply(_init_linear)
+        self.last_layer = WeightNormLinear(bottleneck_dim, out_dim, train_scale=not norm_last_layer)
+
+    def bottleneck(self, x: Tensor) -> Tensor:
+        """The prototypes' input: unit vectors (N, bottleneck_dim), float32 also under autocast."""
+        x = self.mlp(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.normalize(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, dim=-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, K)."""
+        return self.last_layer(self.bottleneck(x))
+
+
+def _mlp(in_dim: int, hidden_dim: int, out_dim: int, layers: int, use_bn: bool) -> nn.Module:
+    if layers == 1:
+        return nn.Linear(in_dim, out_dim)
+    widths = [in_dim] + [hidden_dim] * (layers - 1)
+    modules: list[nn.Module] = []
+    for before, after in zip(widths[:-1], widths[1:], strict=True):
+        modules += [nn.Linear(before, after), *([nn.BatchNorm1d(after)] if use_bn else []), nn.GELU()]
+    return nn.Sequential(*modules, nn.Linear(hidden_dim, out_dim))
+
+
+def _init_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
