@@ -244,14 +244,12 @@ def globals_named_in(path: Path) -> list[str]:
 
 def _globals_of_stream(stream: bytes) -> list[str]:
     names: list[str] = []
-    strings: list[
-        str
-    ] = []  # a STACK_GLOBAL takes the last two, pushed or fetched from the memo
+    strings: list[str] = []  # a STACK_GLOBAL takes the last two, pushed or fetched from the memo
     memo: dict[int, str] = {}
     position = 0
     try:
         while position < len(stream):  # torch's old format writes several pickles, one after the other
-            for opcode, argument, offset in pickletools.genops(stream[position:]):
+            for opcode, argument, offset in pickletools.genops(stream[position:]):  # noqa: B007
                 if opcode.name in ("GLOBAL", "INST"):
                     names.append(str(argument).replace(" ", "."))
                 elif opcode.name == "STACK_GLOBAL":

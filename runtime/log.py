@@ -252,7 +252,13 @@ class MetricLogger:
             iteration_s.update(time.monotonic() - end)
             if i % print_freq == 0 or i + 1 == total:
                 left = "?" if total is None else datetime.timedelta(seconds=int(iteration_s.avg * (total - i - 1)))
-                parts = [f"{header} [{i}/{total}]", f"eta: {left}", str(self), f"time: {iteration_s}", f"data: {data_s}"]
+                parts = [
+                    f"{header} [{i}/{total}]",
+                    f"eta: {left}",
+                    str(self),
+                    f"time: {iteration_s}",
+                    f"data: {data_s}",
+                ]
                 say(self.delimiter.join(part for part in parts if part))
             end = time.monotonic()
         say(f"{header} Total time: {datetime.timedelta(seconds=int(time.monotonic() - begin))}")

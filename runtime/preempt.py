@@ -1,0 +1,45 @@
+"""Signals that ask a run to stop: noticed at once, acted on between two steps.
+
+SIGTERM and SIGUSR1 (schedulers), and the first SIGINT, ask for "finish the step, save, leave". A repeated SIGTERM or
+SIGUSR1 changes nothing; a second SIGINT aborts at once. Handlers only set a flag: whether and when to stop is agreed
+between the ranks by the training step.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, *((signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()))
+
+
+class StopRequest:
+    """Catches the stop signals while it is entered; `requested` tells whether one came, `name` which.
+
+    Outside the main thread, where Python delivers no signals, it catches none.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.name = ""
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.requested and self.name == "SIGINT":
+            raise KeyboardInterrupt
+        self.requested = True
+        # A later SIGINT after a SIGTERM counts as the first of its kind, so that one more aborts.
+        self.name = signal.Signals(number).name

@@ -1,0 +1,161 @@
+"""A run's checkpoints: written in the background, rotated, and found again after anything.
+
+A save writes one file, `checkpoint_stepNNNNNNNN.pth`, and then lets the names that users know point to it (hard links,
+copies where the file system has none): `checkpoint.pth`, the newest, and `checkpointNNNN.pth` at the epochs that are
+kept for good. Older step files are removed only when all this is durable. "Saved" is said after that, never before.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from runtime.checkpoint import TEMP_PREFIX, fsync_folder, read_checkpoint, save_checkpoint, sweep_temporaries
+from runtime.guards import InputError
+
+NEWEST = "checkpoint.pth"
+_STEP_FILE = re.compile(r"checkpoint_step(\d{8,})\.pth")
+_EPOCH_FILE = re.compile(r"checkpoint(\d{4,})\.pth")
+
+
+class SaveError(RuntimeError):
+    """Too many saves failed in a row."""
+
+
+class CheckpointSaver:
+    """Saves a run's state without stalling it for longer than a copy to host memory.
+
+    `say` reports each success and failure. A failed save (disk full, folder gone) leaves the last good checkpoint and
+    is tried again at the next save; after `max_failed` in a row `save` or `wait` raises SaveError.
+    """
+
+    def __init__(self, folder: Path, keep: int, max_failed: int, say: Callable[[str], None]) -> None:
+        self._folder, self._keep, self._max_failed, self._say = folder, max(1, keep), max_failed, say
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._failed = 0
+
+    def save(self, state: dict[str, Any], step: int, keep_as: str | None = None) -> None:
+        """Begin to save `state`; `keep_as` names a further file, `checkpoint0020.pth`, that is never removed.
+
+        Waits for the save before it, then for the copy of the tensors, and returns.
+        """
+        self.wait()
+        snapshot = to_host(state)
+        self._thread = threading.Thread(target=self._write, args=(snapshot, step, keep_as), name="checkpoint-writer")
+        self._thread.start()
+
+    def wait(self) -> bool:
+        """Wait for a save under way; whether the last save was good. Raises SaveError after too many failures."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            self._judge()
+        return self._failed == 0
+
+    def _judge(self) -> None:
+        error, self._error = self._error, None
+        if error is None:
+            self._failed = 0
+            return
+        self._failed += 1
+        self._say(
+            f"warning: checkpoint not saved ({error}); the last good one stays, the next save tries again "
+            f"({self._failed} failed in a row)"
+        )
+        if self._failed >= self._max_failed:
+            raise SaveError(
+                f"{self._failed} saves to {self._folder} failed in a row, the last with: {error}; free the disk or mend "
+                "the folder and start the same command again (--max_failed_saves sets how many are borne)"
+            )
+
+    def _write(self, state: dict[str, Any], step: int, keep_as: str | None) -> None:
+        try:
+            path = self._folder / f"checkpoint_step{step:08d}.pth"
+            save_checkpoint(state, path)
+            for name in (NEWEST, keep_as):
+                if name is not None:
+                    _point(self._folder / name, path)
+            fsync_folder(self._folder)
+            self._say(f"saved {self._folder / NEWEST} at step {step}")
+            self._remove_old(path)
+        except Exception as error:  # whatever went wrong, the run must hear of it, and go on
+            self._error = error
+
+    def _remove_old(self, newest: Path) -> None:
+        others = [path for path in step_files(self._folder) if path != newest]
+        for path in others[self._keep - 1 :]:
+            path.unlink(missing_ok=True)
+
+
+def to_host(value: Any) -> Any:
+    """A deep copy of a state with every tensor in host memory, sharing nothing with the training."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: to_host(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(to_host(item) for item in value)
+    return value
+
+
+def _point(name: Path, target: Path) -> None:
+    """Let `name` stand for `target`'s content, atomically."""
+    temporary = Path(tempfile.mktemp(prefix=f"{TEMP_PREFIX}{name.name}.", dir=name.parent))
+    try:
+        try:
+            os.link(target, temporary)
+        except OSError:  # no hard links here (some network and FUSE file systems)
+            shutil.copyfile(target, temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, name)
+    finally:
+        # Where both names are already one file, POSIX makes replace a no-op that leaves the temporary behind.
+        temporary.unlink(missing_ok=True)
+
+
+def step_files(folder: Path) -> list[Path]:
+    """The step files of a run, newest first."""
+    found = [(int(match.group(1)), path) for path in folder.iterdir() if (match := _STEP_FILE.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def candidates(folder: Path) -> list[Path]:
+    """Where a run's state may be found, the best place first."""
+    newest = [path for path in [folder / NEWEST] if path.exists()]
+    epochs = [(int(match.group(1)), path) for path in folder.iterdir() if (match := _EPOCH_FILE.fullmatch(path.name))]
+    return newest + step_files(folder) + [path for _, path in sorted(epochs, reverse=True)]
+
+
+def find_checkpoint(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """Sweep up after killed writers, then read the newest good checkpoint; None where there has never been one.
+
+    A damaged file is named and passed over. Raises InputError where there are checkpoints and none is good.
+    """
+    for name in sweep_temporaries(folder):
+        say(f"removed {name}, left unfinished by an earlier run")
+    damaged: set[tuple[int, int]] = set()
+    paths = candidates(folder)
+    for path in paths:
+        status = path.stat()
+        if (status.st_dev, status.st_ino) in damaged:
+            continue  # another name of a file already found damaged
+        try:
+            return path, read_checkpoint(path)
+        except InputError as error:
+            damaged.add((status.st_dev, status.st_ino))
+            say(f"warning: {error}; trying the one before it")
+    if paths:
+        raise InputError(
+            f"none of the {len(paths)} checkpoints in {folder} can be read; move them away to start anew, or restore one"
+        )
+    return None
