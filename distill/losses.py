@@ -21,7 +21,7 @@ from runtime.distributed import get_world_size
 
 
 def teacher_temp_schedule(warmup_temp: float, temp: float, warmup_epochs: int, epochs: int) -> np.ndarray:
-    """Teacher temperature of each epoch, (epochs,): linear over the warm-up, which is cut to `epochs`, then constant."""
+    """Teacher temperature of each epoch, (epochs,): linear over the warm-up (cut to `epochs`), then constant."""
     warmup = np.linspace(warmup_temp, temp, warmup_epochs)[:epochs]
     return np.concatenate([warmup, np.full(max(0, epochs - warmup_epochs), temp)])
 
