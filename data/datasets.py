@@ -125,7 +125,7 @@ def first_of_each_class(labels: np.ndarray, n: int) -> np.ndarray:
     return np.sort(order[np.arange(len(labels)) - starts < n])
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
+# ---- files ----
 
 
 def _open_files(path: Path, split: str, in_chans: int) -> ImageSource:
@@ -197,7 +197,7 @@ def _labels_from_folders(names: list[str]) -> tuple[np.ndarray, list[str]] | tup
     return np.fromiter((number[top] for top in tops), dtype=np.int64, count=len(tops)), classes
 
 
-# ---- lists ----------------------------------------------------------------------------------------------------------
+# ---- lists ----
 
 
 def _open_list(file: Path, split: str, in_chans: int) -> ImageSource:

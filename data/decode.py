@@ -2,7 +2,7 @@
 
 JPEG, PNG, WebP, BMP, TIFF and what else Pillow reads; npy, and TIFF through tifffile, for multi-channel images.
 Colour is made right, not merely accepted:
- - gray, palette, CMYK and YCbCr images become RGB; 16-bit ones are scaled by 257, floating-point ones must lie in [0, 1];
+ - gray, palette, CMYK and YCbCr images become RGB; 16-bit pixels are divided by 257, floating-point ones lie in [0, 1];
  - transparency is laid over white, where the published code's `convert("RGB")` uncovers what an editor left below it;
  - EXIF orientation is applied, which the published code ignores.
 JPEG, nearly all of any data set, goes through torchvision's decoder: the same library as Pillow's and the same pixels,

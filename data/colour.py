@@ -1,0 +1,221 @@
+"""Colour, on the device that trains: whole batches of uint8 crops become normalised floats.
+
+Colour jitter in each crop's own order, grayscale, Gaussian blur, solarize, normalise, with one row of parameters per
+crop. Every operation is a few tensor passes over many crops, on CPU, CUDA and MPS alike; none loops over images.
+
+Departures from the published code (Pillow, one image at a time), all within a rounding step of 8 bits:
+ - operations compute in float and don't round to 8 bits after each one;
+ - the blur is a true Gaussian, cut at three standard deviations; Pillow's is three box blurs (mean difference 0.4/255).
+
+Letters: N crops, C channels, H and W their sides, P parameters of a crop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from runtime.guards import InputError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's "L"
+
+# Columns of the colour parameters. ORDER: the four jitter operations by number, in the order in which they run.
+BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GRAY, SIGMA, SOLARIZE = 0, 1, 2, 3, slice(4, 8), 8, 9, 10
+P = 11
+
+
+def channel_statistics(in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | None):
+    """Mean and standard deviation per channel: those given, or ImageNet's."""
+    if in_chans == 3:
+        mean, std = mean or IMAGENET_MEAN, std or IMAGENET_STD
+    else:
+        mean = mean or [sum(IMAGENET_MEAN) / 3] * in_chans
+        std = std or [sum(IMAGENET_STD) / 3] * in_chans
+    if len(mean) != in_chans or len(std) != in_chans:
+        raise InputError(f"{len(mean)} means and {len(std)} standard deviations given for {in_chans} channels")
+    return tuple(mean), tuple(std)
+
+
+# Elements handled at a time: on a CPU the float planes of a block stay in its cache, which makes each of the dozens of
+# passes several times faster; on an accelerator blocks are large, so that launches don't count.
+_BLOCK = {"cpu": 3 * 256 * 256}
+_LARGE_BLOCK = 2**27
+
+
+def apply_colour(pixels: torch.Tensor, parameters: torch.Tensor, mean: Sequence[float], std: Sequence[float]):
+    """(N, C, H, W) uint8 and (N, P) -> (N, C, H, W) float32: jitter, grayscale, blur, solarize, normalise.
+
+    The crops are sorted by the order of their jitter operations, so that hue, the dear one, runs once on each, on
+    contiguous slices; brightness, contrast and saturation are one formula with three weights.
+    """
+    device = pixels.device
+    out = torch.empty(pixels.shape, dtype=torch.float32, device=device)
+    plan = _Plan(parameters.detach().cpu().numpy())
+    scale = torch.tensor([1 / s for s in std], device=device).view(1, -1, 1, 1)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device).view(1, -1, 1, 1)
+    table, rows = _to_device(plan.table, device), _to_device(plan.order, device)
+    per_block = max(1, _BLOCK.get(device.type, _LARGE_BLOCK) // max(1, pixels[0].numel()))
+    for start in range(0, len(pixels), per_block):
+        block = slice(start, min(start + per_block, len(pixels)))
+        x = pixels.index_select(0, rows[block]).to(torch.float32).div_(255)
+        x = _jitter(x, plan, block, table[block])
+        x = _on_some(x, plan.gray[block], lambda part, _: grayscale(part))
+        x = _on_some(x, plan.sigma[block] > 0, gaussian_blur, table[block, _Plan.SIGMA_COLUMN])
+        x = _on_some(x, plan.solarize[block], lambda part, _: solarize(part))
+        out.index_copy_(0, rows[block], x.mul_(scale).add_(shift))
+    return out
+
+
+class _Plan:
+    """The parameters of N crops, sorted for `apply_colour`, on the host.
+
+    order: (N,) the sorted crops; hue_after: (N,) how many of the other three jitter operations run before hue, 3 at
+    most, and 4 for crops without a hue shift; operation: (N, 3) those three by number; table: (N, 11) float32, what
+    the device needs: per round its factor, gray's weight and the mean gray's weight; then hue and sigma.
+    """
+
+    HUE_COLUMN, SIGMA_COLUMN = 9, 10
+
+    def __init__(self, parameters: np.ndarray):
+        operations = parameters[:, ORDER].astype(np.int64)
+        others = operations[operations != HUE].reshape(-1, 3)
+        hue_after = np.where(parameters[:, HUE] == 0, 4, (operations == HUE).argmax(axis=1))
+        self.order = np.lexsort((others[:, 2], others[:, 1], others[:, 0], hue_after))
+        p = parameters[self.order]
+        self.hue_after, self.operation = hue_after[self.order], others[self.order]
+        self.factor = np.take_along_axis(p[:, :3], self.operation, axis=1)
+        self.gray, self.sigma, self.solarize = p[:, GRAY] > 0, p[:, SIGMA], p[:, SOLARIZE] > 0
+        self.table = np.zeros((len(p), 11), dtype=np.float32)
+        self.table[:, 0:9:3] = self.factor
+        self.table[:, 1:9:3] = (1 - self.factor) * (self.operation == SATURATION)
+        self.table[:, 2:9:3] = (1 - self.factor) * (self.operation == CONTRAST)
+        self.table[:, self.HUE_COLUMN], self.table[:, self.SIGMA_COLUMN] = p[:, HUE], p[:, SIGMA]
+
+
+def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def _on_some(x: torch.Tensor, chosen: np.ndarray, operation, values: torch.Tensor | None = None) -> torch.Tensor:
+    """`operation(x, values)` on the chosen crops of a block."""
+    if not chosen.any():
+        return x
+    if chosen.all():
+        return operation(x, values)
+    rows = _to_device(np.flatnonzero(chosen), x.device)
+    part = operation(x.index_select(0, rows), None if values is None else values.index_select(0, rows))
+    return x.index_copy_(0, rows, part)
+
+
+def _jitter(x: torch.Tensor, plan: _Plan, block: slice, table: torch.Tensor) -> torch.Tensor:
+    """The four jitter operations, each crop in its own order: hue slices between rounds of the other three."""
+    hue_after = plan.hue_after[block]
+    for position in range(4):
+        low, high = np.searchsorted(hue_after, [position, position + 1])
+        if low < high:
+            x[low:high] = shift_hue(x[low:high], table[low:high, _Plan.HUE_COLUMN])
+        if position < 3 and (plan.factor[block, position] != 1).any():
+            kinds = set(plan.operation[block, position].tolist())
+            blend_(x, table[:, 3 * position : 3 * position + 3], kinds)
+    return x
+
+
+def blend_(x: torch.Tensor, weights: torch.Tensor, kinds: set[int]) -> torch.Tensor:
+    """In place: clamp(f x + s gray(x) + c mean(gray(x))) with weights (f, s, c) per crop, (N, 3).
+
+    Brightness is (f, 0, 0), saturation (f, 1 - f, 0), contrast (f, 0, 1 - f). kinds: which of them occur.
+    """
+    factor, gray_weight, mean_weight = (w.view(-1, 1, 1, 1) for w in weights.unbind(1))
+    anchor = None
+    if CONTRAST in kinds or SATURATION in kinds:
+        gray = luminance(x)
+        if CONTRAST in kinds:
+            anchor = gray.mean(dim=(2, 3), keepdim=True) * mean_weight
+        if SATURATION in kinds:
+            anchor = gray.mul_(gray_weight) if anchor is None else gray.mul_(gray_weight).add_(anchor)
+    x.mul_(factor)
+    if anchor is not None:
+        x.add_(anchor)
+    return x.clamp_(0, 1)
+
+
+def luminance(x: torch.Tensor) -> torch.Tensor:
+    """(N, C, H, W) -> (N, 1, H, W): ITU-R 601 luma of RGB, the plain mean of any other number of channels."""
+    if x.shape[1] != 3:
+        return x.mean(dim=1, keepdim=True)
+    gray = x[:, 0:1] * GRAY_WEIGHTS[0]
+    return gray.add_(x[:, 1:2], alpha=GRAY_WEIGHTS[1]).add_(x[:, 2:3], alpha=GRAY_WEIGHTS[2])
+
+
+def grayscale(x: torch.Tensor) -> torch.Tensor:
+    """RGB (N, 3, H, W) -> its luma in all three channels."""
+    return luminance(x).expand_as(x).contiguous()
+
+
+def shift_hue(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Turn the hue of RGB (N, 3, H, W) in [0, 1] by `shift` (N,) parts of the circle, keeping HSV's S and V."""
+    r, g, b = x.unbind(1)
+    value = torch.maximum(torch.maximum(r, g), b)
+    chroma = value - torch.minimum(torch.minimum(r, g), b)
+    # hue in sextants, counted from red: the position within the pair of the two largest channels
+    is_r, is_g = r == value, g == value
+    hue = torch.where(is_r, g - b, torch.where(is_g, b - r, r - g)).div_(chroma.clamp(min=1e-8))
+    base = torch.where(is_r, 0.0, torch.where(is_g, 2.0, 4.0))
+    hue.add_(base).add_(6 * shift.view(-1, 1, 1))
+    out = torch.empty_like(x)
+    for channel, offset in enumerate((5.0, 3.0, 1.0)):
+        # A channel is V - chroma * clamp(2 - |d|, 0, 1): d is the distance to its darkest hue, on a circle of 6.
+        d = hue + (offset - 2.0)
+        d.sub_(torch.round(d * (1 / 6)), alpha=6.0).abs_().neg_().add_(2.0).clamp_(0, 1)
+        torch.addcmul(value, chroma, d, value=-1.0, out=out[:, channel])
+    return out
+
+
+def solarize(x: torch.Tensor) -> torch.Tensor:
+    """Invert what 8 bits would round to 128 or more."""
+    return torch.where(x >= 127.5 / 255, 1 - x, x)
+
+
+def gaussian_blur(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Gaussian blur of (N, C, H, W) with its own sigma (N,), in pixels, at most 2; edges are repeated outward.
+
+    Each axis is a product with banded matrices, one per crop, tile by tile: the fastest of five forms on a CPU
+    (docs/performance.md), and batched products on an accelerator.
+    """
+    n, c, height, width = x.shape
+    radius = _BLUR_RADIUS
+    taps = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
+    kernel = torch.exp(-0.5 * (taps / sigma.view(-1, 1)).square())
+    kernel = kernel / kernel.sum(dim=1, keepdim=True)  # (N, taps)
+    padded = F.pad(x, (radius,) * 4, mode="replicate")
+    tall, tile = height + 2 * radius, _tile(width)
+    columns = padded.unfold(3, tile + 2 * radius, tile).reshape(n, -1, tile + 2 * radius)
+    y = torch.matmul(columns, _band(kernel, tile)).view(n, c, tall, width)
+    tile = _tile(height)
+    s = y.stride()
+    rows = y.as_strided((n, c, height // tile, tile + 2 * radius, width), (s[0], s[1], tile * s[2], s[2], s[3]))
+    return torch.matmul(_band(kernel, tile).transpose(1, 2)[:, None, None], rows).reshape(n, c, height, width)
+
+
+_BLUR_RADIUS = 6  # three times the largest sigma
+
+
+def _tile(side: int) -> int:
+    """Outputs of one banded product: the whole side up to 112, else its largest divisor up to 64 (or the side)."""
+    if side <= 112:
+        return side
+    return max((t for t in range(16, 65) if side % t == 0), default=side)
+
+
+def _band(kernel: torch.Tensor, tile: int) -> torch.Tensor:
+    """(N, taps) -> (N, tile + taps - 1, tile): column j holds the kernel in rows j .. j + taps - 1."""
+    n, taps = kernel.shape
+    band = kernel.new_zeros(n, tile + taps - 1, tile)
+    view = band.as_strided((n, tile, taps), (band.stride(0), tile + 1, tile))
+    view.copy_(kernel[:, None, :].expand(n, tile, taps))
+    return band

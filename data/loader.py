@@ -1,0 +1,228 @@
+"""DataLoader wiring: which worker makes which batch, and how batches reach the training loop.
+
+A worker makes a whole batch at a time and writes each crop straight into the batch's memory, which the training process
+shares: nothing is stacked or copied on the way. What a batch holds is a function of the seed and of its (epoch, index)
+pairs alone.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from data.augment import CropSpec, MultiCrop, colour_parameters, resize
+from data.colour import IMAGENET_MEAN, IMAGENET_STD
+from data.decode import BadImage
+from data.draws import SUBSTITUTE, raw_words
+from data.sampler import TrainSampler
+from data.source import ImageSource
+from runtime.guards import InputError
+
+ON_BAD_IMAGE = ("substitute", "raise")
+_SUBSTITUTES = 20  # files tried in place of a bad one before giving up
+
+
+class CropBatch(NamedTuple):
+    """One micro-batch of crops before colour.
+
+    crops: per resolution uint8 (V, B, C, S, S); colour: per resolution float32 (V, B, P) parameters, always in host
+    memory; index: (B,) int64, the images asked for; bad: (B,) bool, true where a file could not be used and another
+    image stands in.
+    """
+
+    crops: list[torch.Tensor]
+    colour: list[torch.Tensor]
+    index: torch.Tensor
+    bad: torch.Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> CropBatch:
+        """The batch with its crops on `device`. The rest stays: the host reads it to plan the colour stage."""
+        crops = [c.to(device, non_blocking=non_blocking) for c in self.crops]
+        return self._replace(crops=crops)
+
+
+class TrainSet(Dataset):
+    """(epoch, index) pairs -> `CropBatch`."""
+
+    def __init__(self, source: ImageSource, spec: CropSpec, seed: int, on_bad_image: str = "substitute"):
+        if on_bad_image not in ON_BAD_IMAGE:
+            raise InputError(f"--on_bad_image {on_bad_image}: choose from {', '.join(ON_BAD_IMAGE)}")
+        if source.in_chans != spec.in_chans:
+            raise InputError(
+                f"the images have {source.in_chans} channels and the crops {spec.in_chans}: see --in_chans"
+            )
+        self.source, self.spec, self.seed, self.on_bad_image = source, spec, seed, on_bad_image
+        self._multicrop = MultiCrop(spec)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitems__(self, pairs: Sequence[tuple[int, int]]) -> CropBatch:
+        """All crops of one micro-batch."""
+        count, channels = len(pairs), self.spec.in_chans
+        crops = [_batch_memory(v, count, channels, s, s) for v, s in self.spec.resolutions]
+        bad = torch.zeros(count, dtype=torch.bool)
+        draws = np.stack([self._multicrop.draws(self.seed, epoch, index) for epoch, index in pairs])
+        for b, (epoch, index) in enumerate(pairs):
+            bad[b] = self._cut_or_substitute(epoch, index, draws[b], [c[:, b] for c in crops])
+        index = torch.tensor([i for _, i in pairs], dtype=torch.int64)
+        return CropBatch(crops, colour_parameters(draws, self.spec), index, bad)
+
+    def _cut_or_substitute(self, epoch: int, index: int, draws: np.ndarray, out: list[torch.Tensor]) -> bool:
+        """Cut the crops of image `index`, or of a substitute where it is bad; true in the second case."""
+        try:
+            self._multicrop.cut(self.source.open(index), draws, out)
+            return False
+        except BadImage as error:
+            if self.on_bad_image == "raise":
+                raise InputError(f"{self.source.name(index)} {error} (--on_bad_image raise)") from error
+        words = raw_words(_SUBSTITUTES, self.seed, SUBSTITUTE, epoch, index)
+        for other in (words % np.uint64(len(self.source))).astype(np.int64):
+            try:
+                self._multicrop.cut(self.source.open(int(other)), draws, out)
+                return True
+            except BadImage:
+                continue
+        raise InputError(
+            f"{self.source.name(index)} can't be used, nor {_SUBSTITUTES} images tried in its place: most of "
+            f"{self.source.where} seems broken; python -m tools.check_images lists what is wrong"
+        )
+
+
+def build_train_loader(
+    source: ImageSource,
+    spec: CropSpec,
+    sampler: TrainSampler,
+    num_workers: int = 0,
+    seed: int = 0,
+    pin_memory: bool = False,
+    on_bad_image: str = "substitute",
+    prefetch_factor: int = 2,
+) -> DataLoader:
+    """Batches of crops in the sampler's order; each iteration is one epoch from the sampler's position.
+
+    pin_memory: page-locked batches, for a CUDA device. prefetch_factor: batches that each worker keeps ready.
+    """
+    return _loader(TrainSet(source, spec, seed, on_bad_image), sampler, num_workers, pin_memory, prefetch_factor)
+
+
+# ---- evaluation ----
+
+
+class EvalSet(Dataset):
+    """Indices -> (uint8 images (B, C, S, S), index (B,)): the shorter side to `resize_to`, then the central square."""
+
+    def __init__(self, source: ImageSource, img_size: int, resize_to: int):
+        if resize_to < img_size:
+            raise InputError(
+                f"images are resized to {resize_to} pixels and then cropped to {img_size}: larger than that"
+            )
+        self.source, self.img_size, self.resize_to = source, img_size, resize_to
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        images = _batch_memory(len(indices), self.source.in_chans, self.img_size, self.img_size)
+        for b, index in enumerate(indices):
+            try:
+                picture = self.source.open(index)
+                images[b] = central_square(picture, self.img_size, self.resize_to)
+            except BadImage as error:
+                raise InputError(
+                    f"{self.source.name(index)} {error}: an evaluation leaves no image out; mend or remove it "
+                    "(python -m tools.check_images lists all such files)"
+                ) from error
+        return images, torch.tensor(indices, dtype=torch.int64)
+
+
+def central_square(picture, img_size: int, resize_to: int) -> torch.Tensor:
+    """Resize the shorter side to `resize_to`, bicubic, and cut the central square: (C, img_size, img_size) uint8."""
+    short = min(picture.height, picture.width)
+    height, width = (int(resize_to * side / short) for side in (picture.height, picture.width))
+    shrink = max(s for s in (1, 2, 4, 8) if s == 1 or short >= 2 * s * resize_to)
+    image = torch.from_numpy(picture.pixels(shrink)).permute(2, 0, 1)
+    image = resize(image, height, width)
+    top, left = round((height - img_size) / 2), round((width - img_size) / 2)
+    return image[:, top : top + img_size, left : left + img_size]
+
+
+def build_eval_loader(
+    source: ImageSource,
+    batch_size: int,
+    num_workers: int = 0,
+    img_size: int = 224,
+    resize: int = 256,
+    indices: Sequence[int] | np.ndarray | None = None,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """uint8 images (B, C, S, S) and their indices (B,), in order; `indices` limits it to a part, in that order."""
+    indices = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
+    return _loader(EvalSet(source, img_size, resize), _InOrder(indices, batch_size), num_workers, pin_memory, 2)
+
+
+class _InOrder:
+    """Batch sampler: the given indices in their order, the last batch as short as need be."""
+
+    def __init__(self, indices: np.ndarray, batch_size: int):
+        self.indices, self.batch_size = indices, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in range(0, len(self.indices), self.batch_size):
+            yield self.indices[start : start + self.batch_size].tolist()
+
+
+def normalize(
+    images: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> torch.Tensor:
+    """(B, C, H, W) uint8 -> `dtype`, scaled to [0, 1] and normalised per channel, on the images' device."""
+    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device).view(-1, 1, 1)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device).view(-1, 1, 1)
+    return (images * scale + shift).to(dtype)
+
+
+# ---- common ----
+
+
+def _loader(dataset: Dataset, batch_sampler, num_workers: int, pin_memory: bool, prefetch_factor: int) -> DataLoader:
+    if num_workers < 0:
+        raise InputError(f"--num_workers {num_workers}: give 0 (load in the training process) or more")
+    return DataLoader(
+        dataset,
+        batch_sampler=batch_sampler,
+        num_workers=num_workers,
+        collate_fn=_as_it_is,
+        pin_memory=pin_memory,
+        worker_init_fn=_start_worker,
+        persistent_workers=num_workers > 0,
+        prefetch_factor=prefetch_factor if num_workers else None,
+    )
+
+
+def _as_it_is(batch):
+    """The data set makes whole batches; nothing is left to collate."""
+    return batch
+
+
+def _start_worker(_worker: int) -> None:
+    """Leave signals to the training process: it finishes its step and saves, and needs its workers until then."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def _batch_memory(*shape: int) -> torch.Tensor:
+    """An empty uint8 tensor, in a worker placed in the memory shared with the training process."""
+    tensor = torch.empty(shape, dtype=torch.uint8)
+    return tensor.share_memory_() if get_worker_info() is not None else tensor
