@@ -23,8 +23,20 @@ class InputError(ValueError):
     """Bad argument, file or data set. The message names the value and what to do about it."""
 
 
-class NonFiniteError(RuntimeError):
+class RunStopped(RuntimeError):
+    """A run cannot go on, for a reason that its message tells; `exit_code` is the program's."""
+
+    exit_code = EXIT_FAILED
+
+
+class SaveError(RunStopped):
+    """Too many saves failed in a row."""
+
+
+class NonFiniteError(RunStopped):
     """Training met too many non-finite steps in a row. The message names the step and the terms of the loss."""
+
+    exit_code = EXIT_NON_FINITE
 
 
 @contextlib.contextmanager
@@ -48,9 +60,9 @@ def run_program(main: Callable[[list[str] | None], int | None], argv: list[str] 
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = EXIT_BAD_INPUT
-    except NonFiniteError as error:
+    except RunStopped as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        code = EXIT_NON_FINITE
+        code = error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         code = 130

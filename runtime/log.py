@@ -273,13 +273,40 @@ def device_line(device: torch.device) -> str:
 # ------------------------------------------------------------------------------------------------ log.txt
 
 
-def append_json_line(path: Path, row: dict[str, Any]) -> None:
-    """Append one JSON object as one line, durable when this returns."""
+class JsonLog:
+    """A file of one JSON object a line, each durable when `append` returns.
+
+    A row that cannot be written now (disk full) waits in memory for the next one; its torn part is taken back, so that
+    every line of the file can be parsed at any time.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._waiting: list[dict[str, Any]] = []
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Write the row, or say why not and keep it for the next call."""
+        self._waiting.append(row)
+        try:
+            while self._waiting:
+                _append_line(self._path, json.dumps(finite_json(self._waiting[0])))
+                self._waiting.pop(0)
+        except OSError as error:
+            say(f"warning: {self._path} not written ({error}); {len(self._waiting)} row(s) wait for the next epoch")
+
+
+def _append_line(path: Path, line: str) -> None:
     new = not path.exists()
-    with open(path, "ab") as file:
-        file.write((json.dumps(finite_json(row)) + "\n").encode())
-        file.flush()
-        os.fsync(file.fileno())
+    with open(path, "ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        data = (line + "\n").encode()
+        try:
+            if file.write(data) != len(data):
+                raise OSError("the disk took only a part of the line")
+            os.fsync(file.fileno())
+        except OSError:
+            os.ftruncate(file.fileno(), size)
+            raise
     if new:
         fsync_folder(path.parent)
 

@@ -19,15 +19,11 @@ from typing import Any
 import torch
 
 from runtime.checkpoint import TEMP_PREFIX, fsync_folder, read_checkpoint, save_checkpoint, sweep_temporaries
-from runtime.guards import InputError
+from runtime.guards import InputError, SaveError
 
 NEWEST = "checkpoint.pth"
 _STEP_FILE = re.compile(r"checkpoint_step(\d{8,})\.pth")
 _EPOCH_FILE = re.compile(r"checkpoint(\d{4,})\.pth")
-
-
-class SaveError(RuntimeError):
-    """Too many saves failed in a row."""
 
 
 class CheckpointSaver:
@@ -73,8 +69,8 @@ class CheckpointSaver:
         )
         if self._failed >= self._max_failed:
             raise SaveError(
-                f"{self._failed} saves to {self._folder} failed in a row, the last with: {error}; free the disk or mend "
-                "the folder and start the same command again (--max_failed_saves sets how many are borne)"
+                f"{self._failed} saves to {self._folder} failed in a row, the last with: {error}; free the disk or "
+                "mend the folder and start the same command again (--max_failed_saves sets how many are borne)"
             )
 
     def _write(self, state: dict[str, Any], step: int, keep_as: str | None) -> None:
@@ -156,6 +152,6 @@ def find_checkpoint(folder: Path, say: Callable[[str], None]) -> tuple[Path, dic
             say(f"warning: {error}; trying the one before it")
     if paths:
         raise InputError(
-            f"none of the {len(paths)} checkpoints in {folder} can be read; move them away to start anew, or restore one"
+            f"none of the {len(paths)} checkpoints in {folder} can be read; restore one, or move them away"
         )
     return None

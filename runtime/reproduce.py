@@ -1,0 +1,37 @@
+"""What makes a run repeatable: seeds as a function of counters, and the version of the code."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+def fix_random_seeds(seed: int = 31) -> None:
+    """Seed torch (all devices), numpy and random."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed what the model draws in a step (drop path, dropout) by (seed, step, rank), so that a resume needs no state."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
+
+
+def get_sha() -> str:
+    """Commit, state and branch of the code that runs, as one line (DINO's function)."""
+    folder = Path(__file__).resolve().parent.parent
+
+    def git(*command: str) -> str:
+        done = subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        state = "has uncommitted changes" if git("status", "--porcelain", "--untracked-files=no") else "clean"
+        return f"sha: {git('rev-parse', 'HEAD')}, status: {state}, branch: {git('rev-parse', '--abbrev-ref', 'HEAD')}"
+    except (OSError, subprocess.CalledProcessError):
+        return "sha: N/A, status: not a git checkout, branch: N/A"
