@@ -11,6 +11,7 @@ Shape letters: N rows (views times images), K prototypes.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -99,7 +100,7 @@ def _mlp(in_dim: int, hidden_dim: int, out_dim: int, layers: int, use_bn: bool) 
         return nn.Linear(in_dim, out_dim)
     widths = [in_dim] + [hidden_dim] * (layers - 1)
     modules: list[nn.Module] = []
-    for before, after in zip(widths[:-1], widths[1:], strict=True):
+    for before, after in itertools.pairwise(widths):
         modules += [nn.Linear(before, after), *([nn.BatchNorm1d(after)] if use_bn else []), nn.GELU()]
     return nn.Sequential(*modules, nn.Linear(hidden_dim, out_dim))
 
