@@ -1,0 +1,389 @@
+"""Vision transformers tiny, small and base: DINO's, with its [CLS] token ("official"), or pooled by SimPool.
+
+Follows "An Image is Worth 16x16 Words" as DINO builds it (pre-norm blocks, LayerNorm eps 1e-6), with the parameter
+names of its checkpoints and the methods that its scripts call. SimPool mode has no [CLS] token: SimPool pools the
+tokens of the last block, and the final norm follows.
+
+Departures from the published code, and why:
+- Position embeddings in SimPool mode are left untouched at the native size and resized to the exact grid elsewhere
+  (`pos_embed_policy="exact"`). The published code resamples them by (g + 0.1) / g even at the native size;
+  `"reference"` does so too, for the weights that were trained with it. Official mode is DINO's: untouched at the
+  native size, (g + 0.1) / g elsewhere.
+- gamma reaches the model that is built with it (published: every teacher has 1.25).
+- Any image size divisible by the patch size is taken, and another is an error instead of a silent cut.
+- Attention is computed by the kernel that is fastest on the device; `attend` is where that is decided.
+
+Shape letters: B batch, H, W image size, h, w grid of patches (h = H / patch_size), N = h w patches,
+T tokens (N, or N + 1 with [CLS]), D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.init import trunc_normal_
+from torch.utils.checkpoint import checkpoint
+
+from distill.heads import DINOHead
+from sp import SimPool
+
+__all__ = [
+    "Attention",
+    "Block",
+    "DINOHead",
+    "DropPath",
+    "Mlp",
+    "PatchEmbed",
+    "VisionTransformer",
+    "drop_path",
+    "trunc_normal_",
+    "vit_base",
+    "vit_small",
+    "vit_tiny",
+]
+
+MODES = ("official", "simpool")
+POS_EMBED_POLICIES = ("exact", "reference")
+
+
+def drop_path(x: Tensor, drop_prob: float = 0.0, training: bool = False) -> Tensor:
+    """Stochastic depth: sets a residual branch to zero for some images, scaling the others up to keep the mean."""
+    if drop_prob == 0.0 or not training:
+        return x
+    keep = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1 - drop_prob)
+    return x * keep.div_(1 - drop_prob)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (see drop_path) with probability drop_prob."""
+
+    def __init__(self, drop_prob: float = 0.0) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        return drop_path(x, self.drop_prob, self.training)
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob:.3f}"
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an activation between."""
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        act_layer: type[nn.Module] = nn.GELU,
+        drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        hidden_features = hidden_features or in_features
+        self.fc1 = nn.Linear(in_features, hidden_features)
+        self.act = act_layer()
+        self.fc2 = nn.Linear(hidden_features, out_features or in_features)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: nn.Dropout, need_attention: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Softmax attention over (B, heads, T, d): the result, and the attention (B, heads, T, T) or None.
+
+    The one place that chooses the kernel: torch's fused one where there is an accelerator; the explicit softmax where
+    the attention itself is wanted, and on CPU, where it is as fast in float32 and three times as fast in bfloat16.
+    """
+    if query.device.type != "cpu" and not need_attention:
+        p = dropout.p if dropout.training else 0.0
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=p, scale=scale), None
+    attention = (query * scale @ key.transpose(-2, -1)).softmax(dim=-1)
+    return dropout(attention) @ value, attention
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"width {dim} is not divisible into {num_heads} heads; choose embed_dim and num_heads so")
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5 if qk_scale is None else qk_scale
+        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, need_attention: bool = True) -> tuple[Tensor, Tensor | None]:
+        """(B, T, D) -> (B, T, D) and the attention (B, heads, T, T), which may be None where it is not needed."""
+        batch, tokens, dim = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, d)
+        x, attention = attend(query, key, value, self.scale, self.attn_drop, need_attention)
+        x = x.transpose(1, 2).reshape(batch, tokens, dim)
+        return self.proj_drop(self.proj(x)), attention
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; with return_attention it gives the attention (B, heads, T, T) instead of tokens."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+        act_layer: type[nn.Module] = nn.GELU,
+        norm_layer=nn.LayerNorm,
+    ) -> None:
+        super().__init__()
+        self.norm1 = norm_layer(dim)
+        self.attn = Attention(dim, num_heads, qkv_bias, qk_scale, attn_drop, proj_drop=drop)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = norm_layer(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=drop)
+
+    def forward(self, x: Tensor, return_attention: bool = False) -> Tensor:
+        y, attention = self.attn(self.norm1(x), need_attention=return_attention)
+        if return_attention:
+            return attention
+        x = x + self.drop_path(y)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) from a number, [size] or (height, width)."""
+    sizes = (size,) if isinstance(size, int) else tuple(size)
+    if len(sizes) not in (1, 2) or min(sizes) < 1:
+        raise ValueError(f"image size {size} is not a positive number or a (height, width) pair")
+    return sizes[0], sizes[-1]
+
+
+class PatchEmbed(nn.Module):
+    """Image to patch tokens: (B, C, H, W) -> (B, N, D)."""
+
+    def __init__(
+        self, img_size: int | Sequence[int] = 224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 768
+    ) -> None:
+        super().__init__()
+        if patch_size < 1:
+            raise ValueError(f"patch size {patch_size} must be at least 1")
+        self.img_size = _pair(img_size)
+        self.patch_size = patch_size
+        self.grid_size = self.grid(*self.img_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """(h, w) of an image, or a ValueError where the patches don't fill it."""
+        size = self.patch_size
+        if height < size or width < size or height % size or width % size:
+            near = tuple(max(size, round(side / size) * size) for side in (height, width))
+            raise ValueError(
+                f"image size {height}x{width} is not divisible into patches of size {size}; "
+                f"resize or crop to {near[0]}x{near[1]}, or choose another patch size"
+            )
+        return height // size, width // size
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.grid(*x.shape[-2:])
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class VisionTransformer(nn.Module):
+    """Vision transformer that returns features (B, D), or logits where num_classes > 0.
+
+    Args:
+        mode: "official" ([CLS] token, as DINO's) or "simpool".
+        gamma: SimPool's exponent, or None; not used in official mode.
+        img_size: native size in pixels: a number, [size] or (height, width). Other sizes are taken in forward.
+        patch_size: side of the square patches in pixels.
+        drop_path_rate: stochastic depth of the last block; earlier ones have proportionally less.
+        pos_embed_policy: "exact" or "reference" (module docstring); concerns SimPool mode only.
+        value_min: SimPool's minimum, "image" or "batch".
+
+    Raises:
+        ValueError: for an unknown mode or policy, sizes that the patches don't fill, heads that don't divide the width.
+    """
+
+    def __init__(
+        self,
+        mode: str = "official",
+        gamma: float | None = 1.25,
+        img_size: int | Sequence[int] = (224,),
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 0,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),  # noqa: B008 (a constructor, never changed)
+        pos_embed_policy: str = "exact",
+        value_min: str = "image",
+    ) -> None:
+        super().__init__()
+        if mode not in MODES:
+            raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
+        if pos_embed_policy not in POS_EMBED_POLICIES:
+            known = ", ".join(POS_EMBED_POLICIES)
+            raise ValueError(f"unknown pos_embed_policy {pos_embed_policy!r}; choose one of {known}")
+        self.mode = mode
+        self.pos_embed_policy = pos_embed_policy
+        self.num_features = self.embed_dim = embed_dim
+        self.patch_size = patch_size
+        self.grad_checkpointing = False
+
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
+        self.num_prefix_tokens = 1 if mode == "official" else 0
+        if mode == "official":
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        positions = self.num_prefix_tokens + self.patch_embed.num_patches
+        self.pos_embed = nn.Parameter(torch.zeros(1, positions, embed_dim))
+        self.pos_drop = nn.Dropout(drop_rate)
+        self.blocks = nn.ModuleList(
+            Block(
+                embed_dim, num_heads, mlp_ratio, qkv_bias, qk_scale, drop_rate, attn_drop_rate,
+                drop_path=drop_path_rate * i / max(1, depth - 1), norm_layer=norm_layer,
+            )
+            for i in range(depth)
+        )  # fmt: skip
+        if mode == "simpool":
+            self.simpool = SimPool(embed_dim, gamma=gamma, use_beta=True, value_min=value_min)
+        self.norm = norm_layer(embed_dim)
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+
+        trunc_normal_(self.pos_embed, std=0.02)
+        if mode == "official":
+            trunc_normal_(self.cls_token, std=0.02)
+        self.apply(_init_weights)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the blocks' inputs for backward and compute each block twice: less memory, about 1.3x the time."""
+        self.grad_checkpointing = enable
+
+    def interpolate_pos_encoding(self, x: Tensor, height: int, width: int) -> Tensor:
+        """Position embeddings (1, T, D) for the tokens x of a height x width image; the module docstring has the policies.
+
+        DINO calls the two sides w and h, in this order.
+        """
+        native, grid = self.patch_embed.grid_size, self.patch_embed.grid(height, width)
+        resamples_always = self.mode == "simpool" and self.pos_embed_policy == "reference"
+        if grid == native and not resamples_always:
+            return self.pos_embed
+        prefix = self.pos_embed[:, : self.num_prefix_tokens]
+        patches = self.pos_embed[:, self.num_prefix_tokens :].float().unflatten(1, native).permute(0, 3, 1, 2)
+        if self.mode == "simpool" and self.pos_embed_policy == "exact":
+            patches = F.interpolate(patches, size=grid, mode="bicubic")
+        else:  # DINO's: the 0.1 guards against a grid that comes out one too small
+            scale = tuple((side + 0.1) / own for side, own in zip(grid, native, strict=True))
+            patches = F.interpolate(patches, scale_factor=scale, mode="bicubic")
+        patches = patches.permute(0, 2, 3, 1).flatten(1, 2).to(prefix.dtype)
+        return torch.cat((prefix, patches), dim=1)
+
+    def prepare_tokens(self, x: Tensor) -> Tensor:
+        """The first block's input (B, T, D) of images (B, C, H, W)."""
+        height, width = x.shape[-2:]
+        x = self.patch_embed(x)
+        if self.mode == "official":
+            x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x), dim=1)
+        return self.pos_drop(x + self.interpolate_pos_encoding(x, height, width))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Tokens (B, T, D) after the last block, before the final norm: what is pooled."""
+        x = self.prepare_tokens(x)
+        for block in self.blocks:
+            x = self._run(block, x)
+        return x
+
+    def _run(self, block: Block, x: Tensor) -> Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, use_reentrant=False)
+        return block(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, D)"""
+        tokens = self.forward_features(x)
+        pooled = tokens[:, 0] if self.mode == "official" else self.simpool(tokens)
+        return self.head(self.norm(pooled))
+
+    def get_last_selfattention(self, x: Tensor) -> Tensor:
+        """Attention of the last block, (B, heads, T, T)."""
+        x = self.prepare_tokens(x)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        return self.blocks[-1](x, return_attention=True)
+
+    def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
+        """Tokens (B, T, D) of the last n blocks, each through the final norm, in the order of the blocks."""
+        if not 1 <= n <= len(self.blocks):
+            raise ValueError(f"this model has {len(self.blocks)} blocks, so n must be 1 to {len(self.blocks)}, not {n}")
+        x = self.prepare_tokens(x)
+        outputs = []
+        for i, block in enumerate(self.blocks):
+            x = self._run(block, x)
+            if i >= len(self.blocks) - n:
+                outputs.append(self.norm(x))
+        return outputs
+
+    def get_attention_map(self, x: Tensor) -> Tensor:
+        """What the pooling looks at, (B, heads, h, w): SimPool's map (one head), or the [CLS] row of the last block."""
+        grid = self.patch_embed.grid(*x.shape[-2:])
+        if self.mode == "simpool":
+            _, attention = self.simpool(self.forward_features(x), return_attention=True)  # (B, 1, N)
+        else:
+            attention = self.get_last_selfattention(x)[:, :, 0, 1:]  # (B, heads, N)
+        return attention.unflatten(-1, grid)
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _vit(preset: dict, mode: str, patch_size: int, kwargs: dict) -> VisionTransformer:
+    settings = {"depth": 12, "mlp_ratio": 4.0, "qkv_bias": True, **preset, **kwargs}
+    return VisionTransformer(mode=mode, patch_size=patch_size, **settings)
+
+
+def vit_tiny(mode: str = "official", patch_size: int = 16, **kwargs) -> VisionTransformer:
+    """Width 192, 3 heads, 12 blocks; keywords as VisionTransformer's, which override the preset."""
+    return _vit({"embed_dim": 192, "num_heads": 3}, mode, patch_size, kwargs)
+
+
+def vit_small(mode: str = "official", patch_size: int = 16, **kwargs) -> VisionTransformer:
+    """Width 384, 6 heads, 12 blocks; keywords as VisionTransformer's, which override the preset."""
+    return _vit({"embed_dim": 384, "num_heads": 6}, mode, patch_size, kwargs)
+
+
+def vit_base(mode: str = "official", patch_size: int = 16, **kwargs) -> VisionTransformer:
+    """Width 768, 12 heads, 12 blocks; keywords as VisionTransformer's, which override the preset."""
+    return _vit({"embed_dim": 768, "num_heads": 12}, mode, patch_size, kwargs)
