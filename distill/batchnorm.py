@@ -1,0 +1,33 @@
+"""BatchNorm's running statistics, held back from a step that turns out not to be finite."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class RunningStatistics:
+    """Every BatchNorm buffer of some modules, to be copied before a step and put back after a refused one.
+
+    A forward in train mode moves the statistics before anybody can know that its loss is not finite.
+    """
+
+    def __init__(self, *modules: nn.Module) -> None:
+        self._buffers: list[Tensor] = [
+            buffer
+            for module in modules
+            for layer in module.modules()
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm)
+            for buffer in layer.buffers(recurse=False)
+        ]
+
+    @torch.no_grad()
+    def copy(self) -> list[Tensor]:
+        """The statistics as they are; an empty list for a model without BatchNorm."""
+        return [buffer.clone() for buffer in self._buffers]
+
+    @torch.no_grad()
+    def restore(self, saved: list[Tensor], where: Tensor) -> None:
+        """Put `saved` back where the 0-d bool tensor is true, without asking the device for its value."""
+        for buffer, before in zip(self._buffers, saved, strict=True):
+            buffer.copy_(torch.where(where, before, buffer))
