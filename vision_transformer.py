@@ -289,7 +289,7 @@ class VisionTransformer(nn.Module):
         self.grad_checkpointing = enable
 
     def interpolate_pos_encoding(self, x: Tensor, height: int, width: int) -> Tensor:
-        """Position embeddings (1, T, D) for the tokens x of a height x width image; the module docstring has the policies.
+        """Position embeddings (1, T, D) for the tokens x of a height x width image, by the policy (module docstring).
 
         DINO calls the two sides w and h, in this order.
         """
