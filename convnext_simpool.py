@@ -1,0 +1,173 @@
+"""ConvNeXt tiny to xlarge, with global average pooling ("official") or SimPool.
+
+Follows "A ConvNet for the 2020s", with the parameter names of its original checkpoints (downsample_layers, stages,
+dwconv, pwconv1, pwconv2, gamma for the layer scale). SimPool takes the last map in place of the average; the final
+LayerNorm follows either.
+
+Norms of maps run over the channels with torch's fused kernel on a channels-last view, which costs no copy when the
+model runs in channels_last memory format.
+
+Shape letters: B batch, C channels, h, w the map's size (image size / 32), D width of the feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sp import SimPool
+from vision_transformer import MODES, DropPath
+
+STRIDE = 32  # of the last map; the stem takes 4 and each of three stages 2, all without padding
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of maps (B, C, h, w)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Block(nn.Module):
+    """Depthwise 7x7 convolution, norm, a two-layer MLP over channels, layer scale; all around a shortcut."""
+
+    def __init__(self, dim: int, drop_path: float = 0.0, layer_scale_init_value: float = 1e-6) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.pwconv1 = nn.Linear(dim, 4 * dim)
+        self.act = nn.GELU()
+        self.pwconv2 = nn.Linear(4 * dim, dim)
+        self.gamma = nn.Parameter(layer_scale_init_value * torch.ones(dim)) if layer_scale_init_value > 0 else None
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.dwconv(x).permute(0, 2, 3, 1)  # (B, h, w, C)
+        y = self.pwconv2(self.act(self.pwconv1(self.norm(y))))
+        if self.gamma is not None:
+            y = self.gamma * y
+        return x + self.drop_path(y.permute(0, 3, 1, 2))
+
+
+class ConvNeXt(nn.Module):
+    """ConvNeXt that returns logits, or features (B, D) where num_classes is 0.
+
+    Args:
+        depths, dims: blocks and channels of the four stages.
+        mode: "official" (global average pooling) or "simpool".
+        gamma: SimPool's exponent, or None; not used in official mode.
+        drop_path_rate: stochastic depth of the last block; earlier ones have proportionally less.
+        layer_scale_init_value: start of the layer scale; 0 builds none.
+        head_init_scale: factor on the classifier's initial weights.
+        value_min: SimPool's minimum, "image" or "batch".
+
+    Raises:
+        ValueError: for an unknown mode, and in forward for images smaller than 32 pixels.
+    """
+
+    def __init__(
+        self,
+        depths: Sequence[int],
+        dims: Sequence[int],
+        mode: str = "official",
+        gamma: float | None = 2.0,
+        num_classes: int = 1000,
+        drop_path_rate: float = 0.0,
+        layer_scale_init_value: float = 1e-6,
+        head_init_scale: float = 1.0,
+        in_chans: int = 3,
+        value_min: str = "image",
+    ) -> None:
+        super().__init__()
+        if mode not in MODES:
+            raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
+        self.mode = mode
+        self.num_features = dims[-1]
+        self.grad_checkpointing = False
+        stem = nn.Sequential(nn.Conv2d(in_chans, dims[0], kernel_size=4, stride=4), ChannelNorm(dims[0], eps=1e-6))
+        self.downsample_layers = nn.ModuleList([stem])
+        for before, after in pairwise(dims):
+            halving = nn.Conv2d(before, after, kernel_size=2, stride=2)
+            self.downsample_layers.append(nn.Sequential(ChannelNorm(before, eps=1e-6), halving))
+        rates = iter(drop_path_rate * i / max(1, sum(depths) - 1) for i in range(sum(depths)))
+        self.stages = nn.ModuleList(
+            nn.Sequential(*(Block(dim, next(rates), layer_scale_init_value) for _ in range(depth)))
+            for depth, dim in zip(depths, dims, strict=True)
+        )
+        if mode == "simpool":
+            self.simpool = SimPool(self.num_features, gamma=gamma, value_min=value_min)
+        self.norm = nn.LayerNorm(self.num_features, eps=1e-6)
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+        self.apply(_init_weights)
+        if num_classes > 0:
+            self.head.weight.data.mul_(head_init_scale)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the blocks' inputs for backward and compute each block twice: less memory, about 1.3x the time."""
+        self.grad_checkpointing = enable
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last map, (B, D, h, w)."""
+        if min(x.shape[-2:]) < STRIDE:
+            raise ValueError(
+                f"image size {x.shape[-2]}x{x.shape[-1]} is too small for ConvNeXt, whose map has one position per "
+                f"{STRIDE}x{STRIDE} pixels; give images of at least {STRIDE}x{STRIDE}, or use a ViT with small patches"
+            )
+        for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
+            x = downsample(x)
+            for block in stage:
+                x = self._run(block, x)
+        return x
+
+    def _run(self, block: Block, x: Tensor) -> Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, use_reentrant=False)
+        return block(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, D), or (B, num_classes)"""
+        x = self.forward_features(x)
+        return self.head(self.norm(self.simpool(x) if self.mode == "simpool" else x.mean((2, 3))))
+
+    def get_attention_map(self, x: Tensor) -> Tensor:
+        """SimPool's map, (B, 1, h, w)."""
+        if self.mode != "simpool":
+            raise ValueError('a ConvNeXt pooled by averaging has no attention map; build it with mode="simpool"')
+        x = self.forward_features(x)
+        return self.simpool(x, return_attention=True)[1].unflatten(-1, x.shape[-2:])
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def convnext_tiny(mode: str = "official", **kwargs) -> ConvNeXt:
+    """768 features; keywords as ConvNeXt's."""
+    return ConvNeXt((3, 3, 9, 3), (96, 192, 384, 768), mode, **kwargs)
+
+
+def convnext_small(mode: str = "official", **kwargs) -> ConvNeXt:
+    """768 features; keywords as ConvNeXt's."""
+    return ConvNeXt((3, 3, 27, 3), (96, 192, 384, 768), mode, **kwargs)
+
+
+def convnext_base(mode: str = "official", **kwargs) -> ConvNeXt:
+    """1024 features; keywords as ConvNeXt's."""
+    return ConvNeXt((3, 3, 27, 3), (128, 256, 512, 1024), mode, **kwargs)
+
+
+def convnext_large(mode: str = "official", **kwargs) -> ConvNeXt:
+    """1536 features; keywords as ConvNeXt's."""
+    return ConvNeXt((3, 3, 27, 3), (192, 384, 768, 1536), mode, **kwargs)
+
+
+def convnext_xlarge(mode: str = "official", **kwargs) -> ConvNeXt:
+    """2048 features; keywords as ConvNeXt's."""
+    return ConvNeXt((3, 3, 27, 3), (256, 512, 1024, 2048), mode, **kwargs)

@@ -1,0 +1,200 @@
+"""ResNet-18 to -152, with global average pooling ("official") or SimPool.
+
+Follows "Deep Residual Learning for Image Recognition" with the stride on the 3x3 convolution (v1.5), and torchvision's
+parameter names, so that published weights load. Written out here rather than imported: torchvision costs a second of
+start-up, and its model cannot give its map. SimPool takes the last map, and no norm follows it.
+
+Departure from the published code: ResNet-18 and -34 honour the mode too.
+
+Shape letters: B batch, C channels, h, w the map's size (image size / 32), D width of the feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sp import SimPool
+from vision_transformer import MODES
+
+
+def _conv3x3(in_planes: int, planes: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_planes, planes, kernel_size=3, stride=stride, padding=1, bias=False)
+
+
+def _conv1x1(in_planes: int, planes: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_planes, planes, kernel_size=1, stride=stride, bias=False)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut."""
+
+    expansion = 1
+
+    def __init__(self, in_planes: int, planes: int, stride: int = 1, downsample: nn.Module | None = None) -> None:
+        super().__init__()
+        self.conv1 = _conv3x3(in_planes, planes, stride)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = _conv3x3(planes, planes)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(x)).add_(shortcut))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions, the last four times as wide, and a shortcut."""
+
+    expansion = 4
+
+    def __init__(self, in_planes: int, planes: int, stride: int = 1, downsample: nn.Module | None = None) -> None:
+        super().__init__()
+        self.conv1 = _conv1x1(in_planes, planes)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = _conv3x3(planes, planes, stride)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv3 = _conv1x1(planes, planes * self.expansion)
+        self.bn3 = nn.BatchNorm2d(planes * self.expansion)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn2(self.conv2(x)))
+        return self.relu(self.bn3(self.conv3(x)).add_(shortcut))
+
+
+class ResNet(nn.Module):
+    """ResNet that returns logits, or features (B, D) where num_classes is 0.
+
+    Args:
+        block: BasicBlock or Bottleneck.
+        layers: blocks in each of the four stages.
+        mode: "official" (global average pooling) or "simpool".
+        gamma: SimPool's exponent, or None; not used in official mode.
+        value_min: SimPool's minimum, "image" or "batch".
+
+    Raises:
+        ValueError: for an unknown mode, and in forward for an empty image.
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        layers: tuple[int, int, int, int],
+        mode: str = "official",
+        gamma: float | None = 2.0,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        value_min: str = "image",
+    ) -> None:
+        super().__init__()
+        if mode not in MODES:
+            raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
+        self.mode = mode
+        self.num_features = 512 * block.expansion
+        self.grad_checkpointing = False
+        self.conv1 = nn.Conv2d(in_chans, 64, kernel_size=7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        self.layer1 = _stage(block, 64, 64, layers[0], stride=1)
+        self.layer2 = _stage(block, 64 * block.expansion, 128, layers[1], stride=2)
+        self.layer3 = _stage(block, 128 * block.expansion, 256, layers[2], stride=2)
+        self.layer4 = _stage(block, 256 * block.expansion, 512, layers[3], stride=2)
+        if mode == "simpool":
+            self.simpool = SimPool(self.num_features, gamma=gamma, value_min=value_min)
+        self.fc = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the blocks' inputs for backward and compute each block twice: less memory, about 1.3x the time."""
+        self.grad_checkpointing = enable
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last map, (B, D, h, w)."""
+        if 0 in x.shape[-2:]:
+            raise ValueError(f"image size {x.shape[-2]}x{x.shape[-1]} has no pixels; give images of at least 1x1")
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for block in stage:
+                x = self._run(block, x)
+        return x
+
+    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(
+                block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _statistics_untouched(block))
+            )
+        return block(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, D), or (B, num_classes)"""
+        x = self.forward_features(x)
+        return self.fc(self.simpool(x) if self.mode == "simpool" else x.mean((2, 3)))
+
+    def get_attention_map(self, x: Tensor) -> Tensor:
+        """SimPool's map, (B, 1, h, w)."""
+        if self.mode != "simpool":
+            raise ValueError('a ResNet pooled by averaging has no attention map; build it with mode="simpool"')
+        x = self.forward_features(x)
+        return self.simpool(x, return_attention=True)[1].unflatten(-1, x.shape[-2:])
+
+
+@contextmanager
+def _statistics_untouched(module: nn.Module) -> Iterator[None]:
+    """BatchNorm inside computes as ever but leaves its running statistics: the second pass of a checkpointed block."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, momentum, count in kept:
+            norm.momentum, norm.num_batches_tracked = momentum, count
+
+
+def _stage(block, in_planes: int, planes: int, blocks: int, stride: int) -> nn.Sequential:
+    out_planes = planes * block.expansion
+    downsample = None
+    if stride != 1 or in_planes != out_planes:
+        downsample = nn.Sequential(_conv1x1(in_planes, out_planes, stride), nn.BatchNorm2d(out_planes))
+    first = block(in_planes, planes, stride, downsample)
+    return nn.Sequential(first, *(block(out_planes, planes) for _ in range(blocks - 1)))
+
+
+def resnet18(mode: str = "official", **kwargs) -> ResNet:
+    """512 features; keywords as ResNet's."""
+    return ResNet(BasicBlock, (2, 2, 2, 2), mode, **kwargs)
+
+
+def resnet34(mode: str = "official", **kwargs) -> ResNet:
+    """512 features; keywords as ResNet's."""
+    return ResNet(BasicBlock, (3, 4, 6, 3), mode, **kwargs)
+
+
+def resnet50(mode: str = "official", **kwargs) -> ResNet:
+    """2048 features; keywords as ResNet's."""
+    return ResNet(Bottleneck, (3, 4, 6, 3), mode, **kwargs)
+
+
+def resnet101(mode: str = "official", **kwargs) -> ResNet:
+    """2048 features; keywords as ResNet's."""
+    return ResNet(Bottleneck, (3, 4, 23, 3), mode, **kwargs)
+
+
+def resnet152(mode: str = "official", **kwargs) -> ResNet:
+    """2048 features; keywords as ResNet's."""
+    return ResNet(Bottleneck, (3, 8, 36, 3), mode, **kwargs)
