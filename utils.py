@@ -260,16 +260,15 @@ def load_checkpoint_model(
 ) -> LoadedModel:
     """Build the model that a checkpoint holds and load its weights, in eval mode on `device`.
 
-    `flags` are values of MODEL_KEYS and POLICY_KEYS that the user gave; None (for gamma: "auto") means not given.
+    `flags` are values of MODEL_KEYS and POLICY_KEYS; None (for gamma "auto", since None is a gamma) means not given.
     An empty path gives random weights of the flags' model, with a message, as DINO's programs do.
     Raises InputError for a file that cannot be used, and for a flag that contradicts it.
     """
     unknown = set(flags) - {*MODEL_KEYS, *POLICY_KEYS}
     if unknown:
         raise TypeError(f"unknown model flags {sorted(unknown)}")
-    given = {
-        key: value for key, value in flags.items() if value is not None and not (key == "gamma" and value == "auto")
-    }
+    not_given = {key: "auto" if key == "gamma" else None for key in flags}
+    given = {key: value for key, value in flags.items() if value != not_given[key]}
     if not path:
         config = {"arch": "vit_small", **given}
         model = build(config)
@@ -311,10 +310,8 @@ def _reconcile(recorded: dict[str, Any], given: dict[str, Any], path: str | Path
         for key in POLICY_KEYS
         if key in given and recorded.get(key) not in (None, given[key])
     ]
-    return {
-        **recorded,
-        **{key: value for key, value in given.items() if key not in recorded or key in POLICY_KEYS},
-    }, notes
+    added = {key: value for key, value in given.items() if key not in recorded or key in POLICY_KEYS}
+    return {**recorded, **added}, notes
 
 
 def _same(key: str, one: Any, other: Any) -> bool:

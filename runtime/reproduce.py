@@ -18,7 +18,7 @@ def fix_random_seeds(seed: int = 31) -> None:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed what the model draws in a step (drop path, dropout) by (seed, step, rank), so that a resume needs no state."""
+    """Seed what the model draws in a step (drop path, dropout) by its number and the rank."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
 
 
