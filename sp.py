@@ -28,6 +28,7 @@ Shape letters: B batch, N positions (tokens or H*W), D width, h heads, d = D / h
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -100,7 +101,7 @@ class SimPool(nn.Module):
         A map's positions are numbered row by row, so the attention of one can be reshaped to (B, h, H, W).
         """
         tokens = self._as_tokens(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with _no_autocast(x.device.type):
             pooled, attention = _Pool.apply(
                 tokens,
                 self.norm_patches.weight,
@@ -132,6 +133,12 @@ class SimPool(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_heads={self.num_heads}, gamma={self.gamma}, value_min={self.value_min!r}"
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager:
+    """Switches autocast off, on devices that have it (the meta device has not)."""
+    available = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if available else nullcontext()
 
 
 class _Settings(NamedTuple):

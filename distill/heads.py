@@ -87,8 +87,8 @@ class DINOHead(nn.Module):
     def bottleneck(self, x: Tensor) -> Tensor:
         """The prototypes' input: unit vectors (N, bottleneck_dim), float32 also under autocast."""
         x = self.mlp(x)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.normalize(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, dim=-1)
+        # Neither operation is one that autocast lowers again.
+        return F.normalize(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, K)."""
