@@ -1,0 +1,78 @@
+"""torch.hub entry points: they build, load what they are given, and fetch nothing."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+
+import backbones
+import hubconf
+from tests.reference import reference_checkpoint_path
+
+ROOT = Path(hubconf.__file__).parent
+REFERENCE = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+
+
+def test_every_backbone_has_two_entry_points():
+    """torch.hub lists every model of ours, official and SimPool, and nothing else."""
+    listed = {name for name in dir(hubconf) if callable(getattr(hubconf, name)) and not name.startswith("_")}
+    assert listed == {name + end for name in backbones.available() for end in ("", "_simpool")}
+
+
+def test_loads_through_torch_hub():
+    """torch.hub.load builds the named model in its mode with the caller's settings."""
+    model = torch.hub.load(str(ROOT), "vit_tiny_simpool", source="local", img_size=32, gamma=None)
+    assert (model.mode, model.simpool.gamma) == ("simpool", None)
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 192)
+
+
+@pytest.mark.parametrize("key", ["teacher", "student"])
+def test_loads_a_published_checkpoint(key):
+    """The backbone of a published training checkpoint loads, teacher and student, prefixes and head left out."""
+    path = reference_checkpoint_path()
+    model = hubconf.vit_small(pretrained=str(path), checkpoint_key=key, **REFERENCE)
+    with torch.serialization.safe_globals([__import__("argparse").Namespace]):
+        weights = torch.load(path, weights_only=True)[key]
+    prefix = "backbone." if key == "teacher" else "module.backbone."
+    assert torch.equal(model.state_dict()["norm.weight"], weights[prefix + "norm.weight"])
+
+
+def test_settings_come_with_our_checkpoints(tmp_path):
+    """A checkpoint of ours brings its gamma, sizes and position policy; an explicit keyword wins."""
+    settings = {"img_size": 32, "patch_size": 8, "gamma": 1.5, "pos_embed_policy": "reference"}
+    model = hubconf.vit_tiny_simpool(**settings)
+    teacher = {f"backbone.{k}": v for k, v in model.state_dict().items()}
+    path = str(tmp_path / "checkpoint.pth")
+    torch.save({"teacher": teacher, "config": settings}, path)
+    loaded = hubconf.vit_tiny_simpool(pretrained=path)
+    x = torch.ones(1, 3, 32, 32)
+    assert torch.equal(loaded.eval()(x), model.eval()(x))
+    assert hubconf.vit_tiny_simpool(pretrained=path, gamma=2.0).simpool.gamma == 2.0
+
+
+def test_published_simpool_weights_mean_the_reference_policy(tmp_path):
+    """A plain state dict of a SimPool ViT is taken to be trained with the published position embeddings."""
+    path = str(tmp_path / "weights.pth")
+    torch.save(hubconf.vit_tiny_simpool(img_size=32).state_dict(), path)
+    assert hubconf.vit_tiny_simpool(pretrained=path, img_size=32).pos_embed_policy == "reference"
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    """Weights that don't fit are a ValueError that names keys, and a missing file one that names the path."""
+    path = str(tmp_path / "weights.pth")
+    torch.save(hubconf.resnet18(num_classes=0).state_dict(), path)
+    with pytest.raises(ValueError, match=r"missing: simpool.*check its name, mode"):
+        hubconf.resnet18_simpool(pretrained=path)
+    with pytest.raises(ValueError, match=r"no weights at 'nowhere\.pth'"):
+        hubconf.resnet18(pretrained="nowhere.pth")
+
+
+def test_imports_only_what_a_hub_user_has():
+    """hubconf and the backbones import neither utils nor data nor runtime, at the top or inside functions."""
+    files = ["hubconf", "backbones", "sp", "vision_transformer", "resnet_simpool", "convnext_simpool"]
+    for file in files:
+        for node in ast.walk(ast.parse((ROOT / f"{file}.py").read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.split(".")[0] for name in names} & {"utils", "data", "runtime", "evaluation"}, file
