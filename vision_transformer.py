@@ -172,8 +172,8 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) from a number, [size] or (height, width)."""
+def image_size(size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) from a number, [size] or (height, width); ValueError for anything else."""
     sizes = (size,) if isinstance(size, int) else tuple(size)
     if len(sizes) not in (1, 2) or min(sizes) < 1:
         raise ValueError(f"image size {size} is not a positive number or a (height, width) pair")
@@ -189,7 +189,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         if patch_size < 1:
             raise ValueError(f"patch size {patch_size} must be at least 1")
-        self.img_size = _pair(img_size)
+        self.img_size = image_size(img_size)
         self.patch_size = patch_size
         self.grid_size = self.grid(*self.img_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
