@@ -1,0 +1,311 @@
+"""Weighted k-NN classification of a checkpoint's frozen features, low-shot k-NN, and features as files.
+
+    python eval_knn.py --pretrained_weights output/checkpoint.pth --data_path /path/to/imagenet
+    python eval_knn.py --pretrained_weights output/checkpoint.pth --data_path demo --low_shot
+    python eval_knn.py --pretrained_weights output/checkpoint.pth --data_path photos/ --embed photos.npz
+
+The checkpoint may be ours or the published code's; what model it holds is read from it. Prints a table, and writes
+eval_knn.json beside the checkpoint (or to --output_dir). The flags are the published program's; the protocol, and where
+it departs from the published code: evaluation/knn.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data.datasets import open_images
+from data.sampler import shard_for_eval
+from data.source import ImageSource
+from evaluation import features, knn, options, report
+from evaluation.knn import knn_classifier
+from evaluation.retrieval import multi_scale
+from runtime.cli import add_flag, bool_flag
+from runtime.distributed import (
+    all_gather_objects,
+    choose_device,
+    get_rank,
+    get_world_size,
+    init_distributed_mode,
+    is_main_process,
+    leave,
+)
+from runtime.guards import EXIT_DONE, InputError, input_errors, run_program
+from runtime.log import MetricLogger, say
+from runtime.reproduce import fix_random_seeds
+from utils import LoadedModel, load_checkpoint_model
+
+__all__ = ["ReturnIndexDataset", "extract_feature_pipeline", "extract_features", "knn_classifier"]
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The flags; those of the published program keep their names and meaning."""
+    parser = options.evaluation_parser("eval_knn")
+    group = parser.add_argument_group("k-NN")
+    add_flag(group, "--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours, k")
+    add_flag(
+        group, "--temperature", type=float, nargs="+", default=[0.07], help="temperature of the votes, one or many"
+    )
+    add_flag(group, "--use_cuda", type=bool_flag, default=True, help="classify on the GPU; false: on the CPU")
+    add_flag(group, "--low_shot", type=int, nargs="*", default=None, metavar="NU",
+             help="also low-shot k-NN with NU images per class (without values: 1 5 10 20)")  # fmt: skip
+    add_flag(group, "--low_shot_draw", choices=("files", "random"), default="files",
+             help="which images: the published protocol's, by file order, or five seeded draws")  # fmt: skip
+    add_flag(group, "--subset", type=int, default=-1, help="first images of each training class to use; -1: all")
+    add_flag(group, "--seed", type=int, default=0, help="seed of --low_shot_draw random")
+    group = parser.add_argument_group("features as files")
+    add_flag(group, "--dump_features", default=None, help="folder to save the features to")
+    add_flag(group, "--load_features", default=None, help="folder of saved features to use instead of extracting")
+    add_flag(group, "--embed", default=None, metavar="FILE",
+             help="write features and names of all images to a .npz, or a .npy and .csv; no labels needed")  # fmt: skip
+    add_flag(group, "--features_dtype", choices=("fp32", "fp16"), default="fp32", help="how features are stored")
+    options.add_checkpoint_flags(parser)
+    options.add_run_flags(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program; returns its exit code."""
+    args = argparse.ArgumentParser(
+        "eval_knn", description=__doc__.split("\n")[0], parents=[get_args_parser()], allow_abbrev=False,
+        formatter_class=options.HelpFormatter,
+    ).parse_args(argv)  # fmt: skip
+    options.check_positive(args, "nb_knn", "batch_size_per_gpu")
+    if min(args.temperature) <= 0:
+        raise InputError(f"--temperature {min(args.temperature)}: give a number above 0")
+    if args.low_shot is not None:
+        args.low_shot = args.low_shot or [1, 5, 10, 20]
+        options.check_positive(args, "low_shot")
+    folder = report.output_folder(args.output_dir, args.pretrained_weights)
+    init_distributed_mode(args)
+    try:
+        return embed(args) if args.embed else evaluate(args, folder)
+    finally:
+        leave()
+
+
+# ---- the evaluation -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Collected:
+    """Normalised features and labels of train and val, and what the JSON says of where they came from."""
+
+    features: features.FeatureSet
+    complete: bool  # whether this rank holds the whole training set, or only its share
+    model: dict[str, Any]
+    data: dict[str, Any]
+
+    def training_share(self) -> tuple[Tensor, Tensor]:
+        """This rank's part of the training features and labels."""
+        train, labels = self.features.train_features, self.features.train_labels
+        if self.complete:
+            share = shard_for_eval(len(train), get_rank(), get_world_size())
+            train, labels = train[share[0] : share[-1] + 1], labels[share[0] : share[-1] + 1]
+        return train, labels
+
+
+def evaluate(args: argparse.Namespace, folder: Path) -> int:
+    """k-NN, and low-shot k-NN where asked for: table and eval_knn.json."""
+    found = collect(args)
+    device = args.torch_device if args.use_cuda else torch.device("cpu")
+    test = found.features.test_features.to(device)
+    with input_errors():
+        accuracies = knn.knn_accuracies(
+            *found.training_share(), test, found.features.test_labels, args.nb_knn, args.temperature, sharded=True
+        )
+    rows = [
+        {"k": k, "temperature": temperature, "top1": top1, "top5": top5}
+        for (k, temperature), (top1, top5) in accuracies.items()
+    ]
+    cells = [[str(row["k"]), f"{row['temperature']:g}", row["top1"], row["top5"]] for row in rows]
+    say(report.table(["k-NN", "temperature", "top-1", "top-5"], cells))
+    results: dict[str, Any] = {"knn": rows}
+    if args.low_shot and is_main_process():
+        results["low_shot"] = low_shot(args, found, test)
+    names = ("nb_knn", "temperature", "low_shot", "low_shot_draw", "subset", "seed", "features_dtype", "amp")
+    settings = {name: getattr(args, name) for name in names}
+    settings |= {key: found.features.description.get(key) for key in ("img_size", "resize")}
+    report.write_evaluation(folder, "eval_knn", found.model, found.data, settings, results)
+    return EXIT_DONE
+
+
+def low_shot(args: argparse.Namespace, found: Collected, test: Tensor) -> dict[int, dict]:
+    """Low-shot k-NN on this rank, which holds all features: table and results."""
+    results = knn.low_shot_knn(
+        found.features.train_features.to(test.device),
+        found.features.train_labels,
+        test,
+        found.features.test_labels,
+        args.low_shot,
+        args.temperature[0],
+        args.low_shot_draw,
+        seed=args.seed,
+        classes=found.features.description.get("classes"),
+    )
+    cells = [[str(nu), str(r["k"]), r["mean"], r["std"], str(len(r["runs"]))] for nu, r in results.items()]
+    say(report.table(["images per class", "k", "top-1", "±", "runs"], cells))
+    return results
+
+
+def embed(args: argparse.Namespace) -> int:
+    """Features and file names of every image at --data_path, labelled or not, as files."""
+    loaded = load(args)
+    source = open_images(args.data_path, "train", args.subset, options.channels(loaded.config))
+    array = features.extract(loaded.model, source, **options.extraction(args, loaded.config))
+    if is_main_process():
+        description = options.describe(loaded, args) | {"data_path": args.data_path, "data": source.fingerprint()}
+        for path in features.write_embeddings(args.embed, array, source, description):
+            say(f"wrote {path}")
+        say(f"{len(array)} features of width {array.shape[1]}, as the model gives them (not normalised)")
+    return EXIT_DONE
+
+
+# ---- features -------------------------------------------------------------------------------------------------------
+
+
+def load(args: argparse.Namespace) -> LoadedModel:
+    """The model of --pretrained_weights on this process's device."""
+    fix_random_seeds(args.seed)  # a model without a checkpoint is the same in every program
+    return load_checkpoint_model(
+        args.pretrained_weights,
+        checkpoint_key=args.checkpoint_key,
+        device=args.torch_device,
+        **options.model_flags(args),
+    )
+
+
+def open_labelled(args: argparse.Namespace, in_chans: int) -> tuple[ImageSource, ImageSource]:
+    """Train and val images with labels of the same classes."""
+    train = open_images(args.data_path, "train", args.subset, in_chans)
+    val = open_images(args.data_path, "val", -1, in_chans)
+    features.require_labels(train, val)
+    return train, val
+
+
+def collect(args: argparse.Namespace) -> Collected:
+    """Features from --load_features, or extracted; complete on every rank where a later step needs them so."""
+    if args.load_features:
+        return collect_saved(args)
+    loaded = load(args)
+    train, val = open_labelled(args, options.channels(loaded.config))
+    settings = options.extraction(args, loaded.config)
+    train_features, index = features.extract_shard(loaded.model, train, desc="train features", **settings)
+    complete = get_world_size() == 1 or bool(args.dump_features or args.low_shot)
+    if complete:
+        train_features, index = features.gather_shards(train_features, len(train)), slice(None)
+    found = features.FeatureSet(
+        features.normalize_rows_(train_features),
+        features.normalize_rows_(features.extract(loaded.model, val, desc="val features", **settings)),
+        torch.from_numpy(train.labels)[index],
+        torch.from_numpy(val.labels),
+        {
+            **options.describe(loaded, args),
+            "train_data": train.fingerprint(),
+            "val_data": val.fingerprint(),
+            "classes": train.classes,
+            "img_size": settings["img_size"],
+            "resize": settings["resize"],
+        },
+    )
+    if args.dump_features and is_main_process():
+        features.dump_features(args.dump_features, found)
+        say(f"features written to {args.dump_features}")
+    return Collected(found, complete, options.describe(loaded, args), report.describe_data(args.data_path, train, val))
+
+
+def collect_saved(args: argparse.Namespace) -> Collected:
+    """Features of --load_features, checked against the checkpoint and the images that are given beside it."""
+    expected: dict[str, Any] = {}
+    data: dict[str, Any] = {"load_features": str(args.load_features)}
+    if args.pretrained_weights:
+        expected |= {
+            "checkpoint_sha256": options.sha256(args.pretrained_weights),
+            "checkpoint_key": args.checkpoint_key,
+        }
+    if args.data_path != get_args_parser().get_default("data_path"):
+        train, val = open_labelled(args, args.in_chans or 3)
+        expected |= {"train_data": train.fingerprint(), "val_data": val.fingerprint()}
+        data |= report.describe_data(args.data_path, train, val)
+    saved = features.load_features(args.load_features, expected)
+    model = {key: saved.description.get(key) for key in ("checkpoint", "checkpoint_sha256", "checkpoint_key", "config")}
+    return Collected(saved, True, model, data)
+
+
+# ---- DINO's names ---------------------------------------------------------------------------------------------------
+
+
+def extract_feature_pipeline(args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(train features, test features, train labels, test labels), normalised and complete, on every rank.
+
+    Takes DINO's arguments; what a script's namespace lacks gets this program's default.
+    """
+    args = options.complete(args, get_args_parser())
+    if not hasattr(args, "torch_device"):
+        args.torch_device = choose_device(args.device)
+    found = collect(args)
+    saved = found.features
+    if not found.complete:
+        total = found.data["train_images"]
+        saved.train_features = features.gather_shards(saved.train_features, total)
+        saved.train_labels = features.gather_shards(saved.train_labels, total)
+    return saved.train_features, saved.test_features, saved.train_labels, saved.test_labels
+
+
+@torch.no_grad()
+def extract_features(model: nn.Module, data_loader: Any, use_cuda: bool = True, multiscale: bool = False) -> Tensor:
+    """Features (N, D) of a loader of (images, index) over a data set of N images, complete on every rank.
+
+    Takes loaders of DINO's scripts, also those whose sampler repeats images to fill the ranks. The model is used in the
+    mode it is in, on its own device; use_cuda keeps the result on the GPU where there is one.
+    """
+    device = next(model.parameters()).device
+    forward = (lambda images: multi_scale(images, model)) if multiscale else model
+    rows, positions = [], []
+    for images, index in MetricLogger(delimiter="  ").log_every(data_loader, 10):
+        rows.append(forward(images.to(device, non_blocking=True)).flatten(1).cpu())
+        positions.append(index)
+    share, position = torch.cat(rows), torch.cat(positions)
+    shares, everywhere = [share], [position]
+    if get_world_size() > 1:
+        gathered = all_gather_objects((share, position))
+        shares, everywhere = [g[0] for g in gathered], [g[1] for g in gathered]
+    full = torch.zeros(len(data_loader.dataset), share.shape[1], dtype=share.dtype)
+    for rows_of_rank, index_of_rank in zip(shares, everywhere, strict=True):
+        full[index_of_rank] = rows_of_rank
+    return full.to(device) if use_cuda and device.type == "cuda" else full
+
+
+class ReturnIndexDataset(torch.utils.data.Dataset):
+    """An image folder that gives (transformed image, index): DINO's class, without torchvision.
+
+    `samples` holds (path, class number), `classes` the names; without class folders every class number is 0.
+    """
+
+    def __init__(self, root: str | Path, transform: Callable[[Any], Any] | None = None):
+        self.source = open_images(root, "train")
+        self.transform = transform
+        labels = self.source.labels if self.source.labels is not None else [0] * len(self.source)
+        self.samples = [(self.source.name(i), int(labels[i])) for i in range(len(self.source))]
+        self.imgs, self.targets = self.samples, [label for _, label in self.samples]
+        self.classes = self.source.classes or [""]
+        self.class_to_idx = {name: i for i, name in enumerate(self.classes)}
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        from PIL import Image
+
+        image = Image.fromarray(self.source.load(index))
+        return (self.transform(image) if self.transform else image), index
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,302 @@
+"""Features of a frozen model: every image once, in the order of the data set, over any number of ranks.
+
+Each rank extracts one contiguous share (no padded duplicates, which the published code's sampler adds), stored in fp32
+or fp16; `extract` brings the shares together on every rank, `extract_shard` leaves them where they are. Stored features
+(`dump_features`, `load_features`) keep the published file names and carry a small JSON beside them, which says what
+model and images made them; loading checks it.
+
+Letters: N images, D width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data.datasets import check_same_classes
+from data.loader import build_eval_loader, normalize
+from data.sampler import shard_for_eval
+from data.source import ImageSource
+from runtime.checkpoint import write_atomic, write_json_atomic
+from runtime.distributed import get_rank, get_world_size
+from runtime.guards import InputError
+from runtime.log import progress, say
+
+TENSOR_FILES = ("trainfeat.pth", "testfeat.pth", "trainlabels.pth", "testlabels.pth")
+DESCRIPTION_FILE = "features.json"
+GATHER_BYTES = 64 << 20  # a share travels between ranks in pieces of this size
+
+
+def eval_resize(img_size: int) -> int:
+    """Shorter side before the centre crop: 256 for 224 and in proportion; small images (under 96 pixels) stay whole."""
+    return img_size if img_size < 96 else round(img_size * 256 / 224)
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, every module of the model is in eval mode; after, each is in the mode it was in."""
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
+def extract_shard(
+    model: nn.Module,
+    source: ImageSource,
+    *,
+    device: torch.device | None = None,
+    img_size: int = 224,
+    resize: int | None = None,
+    batch_size: int = 128,
+    num_workers: int = 4,
+    dtype: torch.dtype = torch.float32,
+    amp_dtype: torch.dtype | None = None,
+    forward: Callable[[Tensor], Tensor] | None = None,
+    indices: np.ndarray | None = None,
+    show_progress: bool = True,
+    desc: str = "features",
+) -> tuple[Tensor, Tensor]:
+    """This rank's share: features (N_r, D) of `dtype` on the CPU, and the indices (N_r,) of their images.
+
+    forward: what is applied to a batch (B, C, H, W), default the model; amp_dtype: autocast to it, default none.
+    indices: the images of this share, default this rank's part of the whole source.
+    Raises InputError where a feature is not finite.
+    """
+    device = device or next(model.parameters()).device
+    forward = forward or model
+    if indices is None:
+        indices = shard_for_eval(len(source), get_rank(), get_world_size())
+    loader = build_eval_loader(
+        source,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        img_size=img_size,
+        resize=resize or eval_resize(img_size),
+        indices=indices,
+        pin_memory=device.type == "cuda",
+    )
+    batches = progress(loader, len(loader), desc) if show_progress else loader
+    features: Tensor | None = None
+    done = 0
+    with eval_mode(model), torch.no_grad():
+        for images, _ in batches:
+            images = normalize(images.to(device, non_blocking=True))
+            with torch.autocast(device.type, dtype=amp_dtype or torch.bfloat16, enabled=amp_dtype is not None):
+                batch = forward(images)
+            batch = batch.flatten(1).to("cpu", dtype)
+            if features is None:
+                features = torch.empty(len(indices), batch.shape[1], dtype=dtype)
+            features[done : done + len(batch)] = batch
+            done += len(batch)
+    if features is None:  # more ranks than images
+        features = torch.empty(0, getattr(model, "num_features", 0), dtype=dtype)
+    if done != len(indices):
+        raise RuntimeError(f"the loader gave {done} images for {len(indices)} indices")
+    if not torch.isfinite(features).all():
+        raise InputError(
+            "the model's features are not finite: its weights have diverged, or overflow in fp16; take an earlier "
+            "checkpoint, or leave out --amp fp16 and fp16 storage"
+        )
+    return features, torch.from_numpy(np.asarray(indices))
+
+
+def gather_shards(share: Tensor, total: int) -> Tensor:
+    """All ranks' contiguous shares (N_r, ...) of `total` rows as one tensor, in order, on every rank."""
+    world = get_world_size()
+    if world == 1:
+        return share
+    counts = [len(shard_for_eval(total, rank, world)) for rank in range(world)]
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    width = max(share.shape[1:].numel(), 1)
+    # a rank without rows does not know the width; the widest knows
+    widths = torch.tensor([width], device=device)
+    dist.all_reduce(widths, op=dist.ReduceOp.MAX)
+    if not len(share) and share.ndim > 1:
+        share = share.new_empty(0, int(widths))
+    full = share.new_empty((total, *share.shape[1:]))
+    starts = np.cumsum([0, *counts])
+    rows = max(1, GATHER_BYTES // (int(widths) * share.element_size()))
+    for first in range(0, max(counts), rows):
+        size = min(rows, max(counts) - first)
+        piece = share.new_zeros((size, *share.shape[1:]))
+        mine = share[first : first + size]
+        piece[: len(mine)] = mine
+        pieces = [torch.empty_like(piece, device=device) for _ in range(world)]
+        dist.all_gather(pieces, piece.to(device))
+        for rank, received in enumerate(pieces):
+            count = min(max(counts[rank] - first, 0), size)
+            full[starts[rank] + first : starts[rank] + first + count] = received[:count].cpu()
+    return full
+
+
+def extract(model: nn.Module, source: ImageSource, **settings: Any) -> Tensor:
+    """Features (N, D) of the whole source in its order, on every rank; each image passes through one rank once.
+
+    The settings are those of `extract_shard`.
+    """
+    share, _ = extract_shard(model, source, **settings)
+    return gather_shards(share, len(source))
+
+
+# ---- labels ---------------------------------------------------------------------------------------------------------
+
+
+def require_labels(train: ImageSource, val: ImageSource) -> None:
+    """Raise InputError unless both sets are labelled, with the same classes, more than one, none of them empty."""
+    check_same_classes(train, val)
+    if len(train.classes) < 2:
+        raise InputError(
+            f"{train.where} has one class only ({train.classes[0]!r}): classification needs at least two class folders"
+        )
+    counts = np.bincount(train.labels, minlength=len(train.classes))
+    empty = [train.classes[c] for c in np.flatnonzero(counts == 0)]
+    if empty:
+        more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+        raise InputError(
+            f"{train.where}: no image of class {', '.join(map(repr, empty[:5]))}{more}: add images, or remove the "
+            "class from train and val"
+        )
+
+
+# ---- storage --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class FeatureSet:
+    """L2-normalised features and labels of a training and a test set, and what made them."""
+
+    train_features: Tensor  # (n, D)
+    test_features: Tensor  # (q, D)
+    train_labels: Tensor  # (n,) int64
+    test_labels: Tensor  # (q,) int64
+    description: dict[str, Any]
+
+
+def normalize_rows_(features: Tensor) -> Tensor:
+    """Give the rows unit length, in place (a copy of a large training set may not fit); computed in fp32."""
+    for start in range(0, len(features), 65536):
+        block = features[start : start + 65536]
+        block.copy_(F.normalize(block.float(), dim=1))
+    return features
+
+
+def dump_features(folder: str | Path, features: FeatureSet) -> None:
+    """Write the four tensors under the published names, and features.json, which says what made them."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--dump_features {folder} can't be created ({error.strerror}): give another folder") from None
+    tensors = (features.train_features, features.test_features, features.train_labels, features.test_labels)
+    (folder / DESCRIPTION_FILE).unlink(missing_ok=True)  # never beside tensors that it does not describe
+    for name, tensor in zip(TENSOR_FILES, tensors, strict=True):
+        write_atomic(folder / name, lambda path, tensor=tensor: torch.save(tensor.cpu(), path))
+    shapes = {"train_shape": list(tensors[0].shape), "test_shape": list(tensors[1].shape)}
+    write_json_atomic(folder / DESCRIPTION_FILE, {**features.description, **shapes})
+
+
+def load_features(folder: str | Path, expected: dict[str, Any]) -> FeatureSet:
+    """Read what `dump_features`, or the published code, wrote.
+
+    expected: entries that the description must agree on (checkpoint hash, data fingerprints, ...); None is not
+    compared. Raises InputError where a file is missing or damaged, tensors do not fit each other, or the features are
+    those of another checkpoint or other images. Files without a description are used with a message that says so.
+    """
+    folder = Path(folder)
+    tensors = [_read_tensor(folder / name) for name in TENSOR_FILES]
+    train, test, train_labels, test_labels = tensors
+    for name, features, labels in (("train", train, train_labels), ("test", test, test_labels)):
+        if features.ndim != 2 or labels.ndim != 1 or len(features) != len(labels):
+            raise InputError(
+                f"{folder}: {name} features {tuple(features.shape)} and labels {tuple(labels.shape)} do not belong "
+                "together; dump them again with --dump_features"
+            )
+    description_file = folder / DESCRIPTION_FILE
+    if not description_file.is_file():
+        say(f"{folder} has no {DESCRIPTION_FILE}: these features cannot be checked against a checkpoint or data set")
+        return FeatureSet(train, test, train_labels.long(), test_labels.long(), {})
+    description = json.loads(description_file.read_text())
+    if description.get("train_shape") != list(train.shape) or description.get("test_shape") != list(test.shape):
+        raise InputError(f"{folder}: {DESCRIPTION_FILE} describes other tensors; dump them again with --dump_features")
+    for key, value in expected.items():
+        if value is not None and description.get(key) != value:
+            raise InputError(
+                f"the features in {folder} were made with {key} {description.get(key)!r}, but this run has {value!r}: "
+                "give the checkpoint, settings and data that made them, or leave out --load_features"
+            )
+    return FeatureSet(train, test, train_labels.long(), test_labels.long(), description)
+
+
+def _read_tensor(path: Path) -> Tensor:
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: --load_features takes a folder that --dump_features wrote")
+    try:
+        tensor = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damage takes many forms inside torch's reader
+        raise InputError(f"{path} can't be read ({type(error).__name__}): dump the features again") from error
+    if not isinstance(tensor, Tensor):
+        raise InputError(f"{path} holds a {type(tensor).__name__}, not a tensor: dump the features again")
+    return tensor
+
+
+def write_embeddings(
+    path: str | Path, features: Tensor, source: ImageSource, description: dict[str, Any]
+) -> list[Path]:
+    """Features with the names of their images: one .npz, or an .npy with a .csv of names beside it; returns the files.
+
+    .npz: `features` (N, D), `names` (N,), `labels` (N,) where there are any, `description` (JSON text).
+    .csv: columns index, name and, where there are any, label and class; the description lies beside it as .json.
+    """
+    path = Path(path)
+    if path.suffix not in (".npz", ".npy"):
+        raise InputError(f"--embed {path}: the file must end in .npz, or in .npy (names then go to a .csv beside it)")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--embed {path} can't be written ({error.strerror}): give another folder") from None
+    array = features.numpy()
+    names = [source.name(i) for i in range(len(source))]
+    if path.suffix == ".npz":
+        columns = {"features": array, "names": np.array(names), "description": np.array(json.dumps(description))}
+        if source.labels is not None:
+            columns["labels"] = source.labels
+
+        def write_npz(temporary: Path) -> None:
+            with open(temporary, "wb") as file:
+                np.savez(file, **columns)
+
+        write_atomic(path, write_npz)
+        return [path]
+
+    def write_npy(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            np.save(file, array)
+
+    def write_names(temporary: Path) -> None:
+        with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            writer = csv.writer(file)
+            labels = source.labels
+            writer.writerow(["index", "name"] + (["label", "class"] if labels is not None else []))
+            for i, name in enumerate(names):
+                row = [i, name] + ([int(labels[i]), source.classes[labels[i]]] if labels is not None else [])
+                writer.writerow(row)
+
+    write_atomic(path, write_npy)
+    write_atomic(path.with_suffix(".csv"), write_names)
+    write_json_atomic(path.with_suffix(".json"), description)
+    return [path, path.with_suffix(".csv"), path.with_suffix(".json")]

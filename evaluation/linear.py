@@ -1,0 +1,330 @@
+"""Linear probes on frozen features: many heads trained in one pass of the backbone, and logistic regression.
+
+The protocol is the published one: features of a frozen backbone in eval mode, one linear layer with weights N(0, 0.01)
+and bias 0, cross entropy, SGD with momentum 0.9 and no weight decay, learning rate lr * global_batch / 256, cosine to 0
+stepped once per epoch. The best rate differs by orders of magnitude between backbones, so a run trains a grid of heads:
+every learning rate with every form of the features. The backbone, nearly all of the cost, runs once.
+
+Each head ends as it would alone: all start from the same draw of weights for their width, see the same batches, and
+share nothing; only their products are batched. The gradient of softmax cross entropy is written out (softmax minus
+one-hot, times the features), so a step is two products and a few elementwise passes whatever the number of heads.
+
+Departures from the published code: the batch is gathered over the ranks instead of averaging gradients (features are
+small beside the gradients of many heads), so all ranks hold the same heads, bit for bit; the best head is chosen on a
+part of train held out for it, unless told otherwise.
+
+Letters: B global batch, D width of one form of the features, H heads on it (one per learning rate), C classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from runtime.guards import InputError
+
+# Base learning rates of the default sweep, per 256 images: ViTs are best between 1e-3 and 3e-2, ResNets near 0.3.
+DEFAULT_LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
+MOMENTUM = 0.9
+HELD_OUT_PART, HELD_OUT_MOST = 0.1, 50_000
+
+
+class LinearClassifier(nn.Module):
+    """The linear layer of the probe, named as in the published files (`linear.weight`, `linear.bias`)."""
+
+    def __init__(self, dim: int, num_labels: int = 1000):
+        super().__init__()
+        self.num_labels = num_labels
+        self.linear = nn.Linear(dim, num_labels)
+        nn.init.normal_(self.linear.weight, std=0.01)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D) or (B, D, ...) -> (B, num_labels)."""
+        return self.linear(x.flatten(1))
+
+
+# ---- what a head sees -----------------------------------------------------------------------------------------------
+
+
+class Form(NamedTuple):
+    """One form of a model's features: [CLS] of the last n blocks, with or without the mean patch token.
+
+    n = 1 without it is the model's own feature, for any model.
+    """
+
+    n: int = 1
+    avgpool: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.n} block{'s' if self.n > 1 else ''}{' + mean patch' if self.avgpool else ''}"
+
+
+def has_cls_token(model: nn.Module) -> bool:
+    """Whether the model gives [CLS] and patch tokens of its last blocks (official ViTs of ours)."""
+    return hasattr(model, "get_intermediate_layers") and getattr(model, "cls_token", None) is not None
+
+
+def default_forms(model: nn.Module) -> list[Form]:
+    """The published choice: [CLS] of 4 blocks for an official ViT, of 1 and the mean patch for its base size."""
+    if not has_cls_token(model):
+        return [Form()]
+    return [Form(1, True)] if model.num_features >= 768 else [Form(min(4, len(model.blocks)))]
+
+
+def probe_features(model: nn.Module, images: Tensor, forms: Sequence[Form]) -> list[Tensor]:
+    """One (B, D) tensor per form, from one pass of the model over (B, C, H, W).
+
+    Raises ValueError for a form that the model does not have.
+    """
+    if not has_cls_token(model):
+        if any(form != Form() for form in forms):
+            raise ValueError(
+                f"{type(model).__name__} without a [CLS] token has one feature per image: give n_last_blocks 1 and "
+                "avgpool_patchtokens false"
+            )
+        return [model(images)] * len(forms)
+    deepest = max(form.n for form in forms)
+    if deepest > len(model.blocks):
+        raise ValueError(f"n_last_blocks {deepest} exceeds the {len(model.blocks)} blocks of the model")
+    layers = model.get_intermediate_layers(images, deepest)  # normed tokens, the last block at the end
+    features = []
+    for form in forms:
+        parts = [tokens[:, 0] for tokens in layers[-form.n :]]
+        if form.avgpool:
+            parts.append(layers[-1][:, 1:].mean(dim=1))
+        features.append(torch.cat(parts, dim=1))
+    return features
+
+
+# ---- heads ----------------------------------------------------------------------------------------------------------
+
+
+class HeadGroup:
+    """Heads on one form of the features, one per learning rate, trained by batched SGD with momentum.
+
+    `lrs` are peak rates as the optimiser uses them. weight (H, C, D) and bias (H, C) start alike for all heads, drawn
+    from `seed`, so that a head does not depend on which others are trained beside it.
+    """
+
+    def __init__(self, dim: int, num_classes: int, lrs: Sequence[float], device: torch.device, seed: int = 0):
+        generator = torch.Generator().manual_seed(seed)
+        first = torch.empty(num_classes, dim).normal_(0.0, 0.01, generator=generator)
+        heads = len(lrs)
+        self.weight = first.to(device).repeat(heads, 1, 1)  # (H, C, D)
+        self.bias = torch.zeros(heads, num_classes, device=device)
+        self.weight_momentum = torch.zeros_like(self.weight)
+        self.bias_momentum = torch.zeros_like(self.bias)
+        self.lrs = torch.tensor(lrs, dtype=torch.float32, device=device)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(B, D) -> (B, H, C)."""
+        heads, classes, dim = self.weight.shape
+        product = torch.addmm(self.bias.flatten(), x, self.weight.view(heads * classes, dim).T)
+        return product.view(len(x), heads, classes)
+
+    def step(self, x: Tensor, target: Tensor, lr_scale: float) -> Tensor:
+        """One SGD step of every head on the whole global batch; returns their mean losses (H,), before the step."""
+        heads, classes, dim = self.weight.shape
+        log_p = F.log_softmax(self.logits(x), dim=2)  # (B, H, C)
+        at_target = log_p.gather(2, target.view(-1, 1, 1).expand(-1, heads, 1)).squeeze(2)  # (B, H)
+        # d loss / d logits = (softmax - one-hot) / B
+        gradient = log_p.exp_()
+        gradient[torch.arange(len(x), device=x.device), :, target] -= 1.0
+        gradient /= len(x)
+        flat = gradient.view(len(x), heads * classes)
+        self.weight_momentum.mul_(MOMENTUM).view(heads * classes, dim).addmm_(flat.T, x)
+        self.bias_momentum.mul_(MOMENTUM).add_(gradient.sum(0))
+        lrs = self.lrs * lr_scale
+        self.weight.addcmul_(self.weight_momentum, lrs.view(-1, 1, 1), value=-1.0)
+        self.bias.addcmul_(self.bias_momentum, lrs.view(-1, 1), value=-1.0)
+        return -at_target.mean(0)
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights and momentum, as they are saved."""
+        names = ("weight", "bias", "weight_momentum", "bias_momentum", "lrs")
+        return {name: getattr(self, name).cpu() for name in names}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Continue from what `state` gave. Raises ValueError where it belongs to other heads."""
+        for name, value in state.items():
+            mine = getattr(self, name)
+            if mine.shape != value.shape or (name == "lrs" and not torch.allclose(mine.cpu(), value)):
+                raise ValueError(
+                    f"the saved heads have {name} {tuple(value.shape)} and these {tuple(mine.shape)}, or other "
+                    "learning rates: resume with the same --lr, batch size, features and data, or in another "
+                    "--output_dir"
+                )
+            mine.copy_(value)
+
+    def classifier(self, head: int) -> dict[str, Tensor]:
+        """One head under the published names."""
+        return {
+            "module.linear.weight": self.weight[head].cpu().clone(),
+            "module.linear.bias": self.bias[head].cpu().clone(),
+        }
+
+
+def cosine_factor(epoch: int, epochs: int) -> float:
+    """Part of the peak learning rate in `epoch` (0-based) of `epochs`: a cosine from 1 towards 0."""
+    return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+
+
+@dataclass
+class Head:
+    """One head of a sweep by name: what it sees and its base learning rate (per 256 images)."""
+
+    form: Form
+    lr: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.form.name}, lr {self.lr:g}"
+
+
+class Probe:
+    """All heads of a sweep: the grid of forms and base learning rates, on one global batch size."""
+
+    def __init__(
+        self,
+        dims: Sequence[int],
+        forms: Sequence[Form],
+        lrs: Sequence[float],
+        num_classes: int,
+        global_batch: int,
+        device: torch.device,
+        seed: int = 0,
+    ):
+        peaks = [lr * global_batch / 256.0 for lr in lrs]
+        self.groups = [HeadGroup(dim, num_classes, peaks, device, seed) for dim in dims]
+        self.heads = [Head(form, lr) for form in forms for lr in lrs]
+        self.num_classes = num_classes
+
+    def step(self, features: Sequence[Tensor], target: Tensor, lr_scale: float) -> Tensor:
+        """One step of every head; features: one (B, D) per form, of the global batch. Returns losses (heads,)."""
+        losses = [group.step(x, target, lr_scale) for group, x in zip(self.groups, features, strict=True)]
+        return torch.cat(losses)
+
+    @torch.no_grad()
+    def count(self, features: Sequence[Tensor], target: Tensor) -> Tensor:
+        """Per head: hits at top-1, hits at top-5, and the sum of losses over the batch, (heads, 3) float64."""
+        rows = []
+        for group, x in zip(self.groups, features, strict=True):
+            logits = group.logits(x)  # (B, H, C)
+            ranked = logits.topk(min(5, self.num_classes), dim=2).indices == target.view(-1, 1, 1)
+            log_p = F.log_softmax(logits, dim=2)
+            loss = -log_p.gather(2, target.view(-1, 1, 1).expand(-1, logits.shape[1], 1)).sum((0, 2))
+            rows.append(torch.stack([ranked[..., 0].sum(0), ranked.sum((0, 2)), loss], dim=1))
+        return torch.cat(rows).double() if rows[0].device.type != "mps" else torch.cat(rows).cpu().double()
+
+    def state(self) -> list[dict[str, Tensor]]:
+        return [group.state() for group in self.groups]
+
+    def load(self, state: Sequence[dict[str, Tensor]]) -> None:
+        if len(state) != len(self.groups):
+            raise ValueError(f"the saved run has {len(state)} forms of features and this one {len(self.groups)}")
+        for group, saved in zip(self.groups, state, strict=True):
+            group.load(saved)
+
+    def classifier(self, head: int) -> dict[str, Tensor]:
+        """Head number `head` of `heads` under the published names."""
+        per_group = len(self.groups[0].lrs)
+        return self.groups[head // per_group].classifier(head % per_group)
+
+
+# ---- the held-out part ----------------------------------------------------------------------------------------------
+
+
+def split_train(labels: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(indices to train on, indices held out to choose the head by): a tenth of each class, at most 50,000 in all.
+
+    Drawn from `seed`; a class keeps at least one image to train on, and gives one up where it has two or more.
+    """
+    part = min(HELD_OUT_PART, HELD_OUT_MOST / max(len(labels), 1))
+    rng = np.random.default_rng([seed, 0x11EA])
+    held_out = []
+    for c in np.unique(labels):
+        members = np.flatnonzero(labels == c)
+        if len(members) > 1:
+            held_out.append(rng.permutation(members)[: max(1, round(part * len(members)))])
+    held_out = np.sort(np.concatenate(held_out)) if held_out else np.zeros(0, dtype=np.int64)
+    return np.setdiff1d(np.arange(len(labels)), held_out), held_out
+
+
+# ---- logistic regression --------------------------------------------------------------------------------------------
+
+
+def logistic_regression(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    penalties: Sequence[float] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2),
+    num_classes: int | None = None,
+    max_iterations: int = 100,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Multinomial logistic regression on cached features by L-BFGS: an answer in seconds, without augmentation.
+
+    Minimises mean cross entropy + penalty/2 * |W|^2 on standardised features, warm-started from the strongest penalty
+    to the weakest. The penalty is chosen on a held-out tenth of train, and then fitted on all of it. Returns
+    {"top1", "top5", "penalty", "held_out": {penalty: top-1}}, percent.
+    """
+    labels = train_labels.to(train_features.device, torch.int64)
+    if num_classes is None:
+        num_classes = int(max(labels.max(), test_labels.max())) + 1
+    std, mean = torch.std_mean(train_features.float(), dim=0)
+    std = std.clamp_min(1e-6 * std.max())
+
+    def standardise(x: Tensor) -> Tensor:
+        return (x.float() - mean) / std
+
+    train = standardise(train_features)
+    keep, held_out = (torch.from_numpy(part).to(train.device) for part in split_train(labels.cpu().numpy(), seed))
+    if not len(held_out):
+        raise InputError("logistic regression chooses its penalty on held-out images, but every class has only one")
+    scores: dict[float, float] = {}
+    start: Tensor | None = None
+    for penalty in sorted(penalties, reverse=True):
+        start = fit_logistic(train[keep], labels[keep], penalty, num_classes, max_iterations, start)
+        scores[penalty] = _top(train[held_out], labels[held_out], start)[0]
+    best = max(sorted(penalties, reverse=True), key=scores.__getitem__)
+    weight = fit_logistic(train, labels, best, num_classes, max_iterations)
+    top1, top5 = _top(standardise(test_features.to(train.device)), test_labels.to(train.device), weight)
+    return {"top1": top1, "top5": top5, "penalty": best, "held_out": scores}
+
+
+def fit_logistic(
+    x: Tensor, target: Tensor, penalty: float, num_classes: int, max_iterations: int = 100, start: Tensor | None = None
+) -> Tensor:
+    """Weights (C, D + 1), bias last, that minimise mean cross entropy + penalty/2 * |W|^2 (the bias is free)."""
+    dim = x.shape[1]
+    weight = torch.zeros(num_classes, dim + 1, device=x.device) if start is None else start.clone()
+    weight.requires_grad_(True)
+    optimizer = torch.optim.LBFGS(
+        [weight], max_iter=max_iterations, history_size=10, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
+    )
+
+    def objective() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(F.linear(x, weight[:, :dim], weight[:, dim]), target)
+        loss = loss + 0.5 * penalty * weight[:, :dim].square().sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(objective)
+    return weight.detach()
+
+
+def _top(x: Tensor, target: Tensor, weight: Tensor) -> tuple[float, float]:
+    ranked = F.linear(x, weight[:, :-1], weight[:, -1]).topk(min(5, len(weight))).indices == target[:, None]
+    return 100.0 * ranked[:, 0].float().mean().item(), 100.0 * ranked.any(1).float().mean().item()
