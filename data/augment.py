@@ -6,7 +6,8 @@ what touches the file: it decodes once and cuts every crop, antialiased, to uint
 over whole batches on the device that trains, each crop with its own parameters (`ColourStage`). uint8 crops travel four
 times cheaper than floats, and the worker's share is about an eighth of the published pipeline's.
 
-Departures from the published code in the colours: see data/colour.py. All randomness is a function of (seed, epoch, index): see data/draws.py.
+Departures from the published code in the colours: see data/colour.py.
+All randomness is a function of (seed, epoch, index): see data/draws.py.
 
 Letters: B images, V views of one resolution, N = V * B crops, C channels, S side of a crop, P colour parameters.
 """
@@ -128,16 +129,15 @@ class MultiCrop:
         boxes = [crop_box(row, scale, picture.height, picture.width) for row, scale in zip(rows, scales, strict=True)]
         targets = [crop for crops in out for crop in crops]
         pixels = picture.pixels(_shrink_for(boxes, targets))
-        image = torch.from_numpy(pixels).permute(2, 0, 1)
+        image = as_batch(pixels)
         ratio = pixels.shape[0] / picture.height, pixels.shape[1] / picture.width
         for row, box, target in zip(rows, boxes, targets, strict=True):
-            _cut_one(image, _scaled(box, ratio, image.shape), row[-1] < spec.flip, target)
+            _cut_one(image, _scaled(box, ratio, pixels.shape), row[-1] < spec.flip, target)
 
     def __call__(self, image: np.ndarray, seed: int, epoch: int, index: int):
         """image (H, W, C) uint8 -> (crops, colour): per resolution uint8 (V, C, S, S) and float32 (V, P)."""
         draws = self.draws(seed, epoch, index)
-        shape = self.spec.in_chans
-        crops = [torch.empty(v, shape, s, s, dtype=torch.uint8) for v, s in self.spec.resolutions]
+        crops = [crop_memory(v, 1, self.spec.in_chans, s)[:, 0] for v, s in self.spec.resolutions]
         self.cut(Picture.from_array(image), draws, crops)
         return crops, [c[:, 0] for c in colour_parameters(draws[None], self.spec)]
 
@@ -177,20 +177,31 @@ def _scaled(box, ratio: tuple[float, float], shape: torch.Size) -> tuple[int, in
     top, left, h, w = box
     top, left = round(top * ratio[0]), round(left * ratio[1])
     h, w = max(1, round(h * ratio[0])), max(1, round(w * ratio[1]))
-    return min(top, shape[1] - h), min(left, shape[2] - w), h, w
+    return min(top, shape[0] - h), min(left, shape[1] - w), h, w
 
 
 def _cut_one(image: torch.Tensor, box: tuple[int, int, int, int], flip: bool, out: torch.Tensor) -> None:
     top, left, h, w = box
-    crop = resize(image[:, top : top + h, left : left + w], out.shape[-2], out.shape[-1])
+    crop = resize(image[:, :, top : top + h, left : left + w], out.shape[-2], out.shape[-1])[0]
     out.copy_(crop.flip(-1) if flip else crop)
 
 
+def as_batch(pixels: np.ndarray) -> torch.Tensor:
+    """(H, W, C) uint8 -> (1, C, H, W) over the same memory, strided so that torch's resize copies least."""
+    return torch.from_numpy(pixels).unsqueeze(0).permute(0, 3, 1, 2)
+
+
 def resize(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """(C, H, W) uint8 -> (C, height, width) uint8, antialiased bicubic, Pillow's filter."""
+    """(1, C, H, W) uint8 -> (1, C, height, width) uint8, antialiased bicubic, Pillow's filter."""
     if image.shape[-2:] == (height, width):
         return image
-    return F.interpolate(image[None], (height, width), mode="bicubic", antialias=True, align_corners=False)[0]
+    return F.interpolate(image, (height, width), mode="bicubic", antialias=True, align_corners=False)
+
+
+def crop_memory(views: int, count: int, channels: int, side: int, shared: bool = False) -> torch.Tensor:
+    """Room for uint8 crops, (V, B, C, S, S), channels last in memory, as torch's resize leaves them."""
+    memory = torch.empty(views, count, side, side, channels, dtype=torch.uint8)
+    return (memory.share_memory_() if shared else memory).permute(0, 1, 4, 2, 3)
 
 
 # ---- colour parameters ----

@@ -44,6 +44,7 @@ def channel_statistics(in_chans: int, mean: Sequence[float] | None, std: Sequenc
 # passes several times faster; on an accelerator blocks are large, so that launches don't count.
 _BLOCK = {"cpu": 3 * 256 * 256}
 _LARGE_BLOCK = 2**27
+_NO_BLUR = 0.2  # below this sigma, in pixels, a neighbour weighs under 4e-6: no blur at all
 
 
 def apply_colour(pixels: torch.Tensor, parameters: torch.Tensor, mean: Sequence[float], std: Sequence[float]):
@@ -55,18 +56,29 @@ def apply_colour(pixels: torch.Tensor, parameters: torch.Tensor, mean: Sequence[
     device = pixels.device
     out = torch.empty(pixels.shape, dtype=torch.float32, device=device)
     plan = _Plan(parameters.detach().cpu().numpy())
-    scale = torch.tensor([1 / s for s in std], device=device).view(1, -1, 1, 1)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device).view(1, -1, 1, 1)
     table, rows = _to_device(plan.table, device), _to_device(plan.order, device)
     per_block = max(1, _BLOCK.get(device.type, _LARGE_BLOCK) // max(1, pixels[0].numel()))
     for start in range(0, len(pixels), per_block):
         block = slice(start, min(start + per_block, len(pixels)))
-        x = pixels.index_select(0, rows[block]).to(torch.float32).div_(255)
+        # one crop is reached by a view, several by a copy
+        one = int(plan.order[start]) if block.stop - start == 1 else None
+        some = pixels.index_select(0, rows[block]) if one is None else pixels[one : one + 1]
+        x = torch.empty(some.shape, device=device).copy_(some).mul_(1 / 255)
         x = _jitter(x, plan, block, table[block])
         x = _on_some(x, plan.gray[block], lambda part, _: grayscale(part))
-        x = _on_some(x, plan.sigma[block] > 0, gaussian_blur, table[block, _Plan.SIGMA_COLUMN])
+        x = _on_some(x, plan.sigma[block] > _NO_BLUR, gaussian_blur, table[block, _Plan.SIGMA_COLUMN])
         x = _on_some(x, plan.solarize[block], lambda part, _: solarize(part))
-        out.index_copy_(0, rows[block], x.mul_(scale).add_(shift))
+        if one is None:
+            out.index_copy_(0, rows[block], normalise(x, mean, std, x))
+        else:
+            normalise(x, mean, std, out[one : one + 1])
+    return out
+
+
+def normalise(x: torch.Tensor, mean: Sequence[float], std: Sequence[float], out: torch.Tensor) -> torch.Tensor:
+    """Write (x - mean) / std per channel of (N, C, H, W) into `out`, which may be x itself."""
+    for c, (m, s) in enumerate(zip(mean, std, strict=True)):
+        torch.add(x.new_full((), -m / s), x[:, c], alpha=1 / s, out=out[:, c])
     return out
 
 
@@ -118,15 +130,17 @@ def _jitter(x: torch.Tensor, plan: _Plan, block: slice, table: torch.Tensor) -> 
     for position in range(4):
         low, high = np.searchsorted(hue_after, [position, position + 1])
         if low < high:
-            x[low:high] = shift_hue(x[low:high], table[low:high, _Plan.HUE_COLUMN])
+            shift_hue_(x[low:high], table[low:high, _Plan.HUE_COLUMN])
         if position < 3 and (plan.factor[block, position] != 1).any():
             kinds = set(plan.operation[block, position].tolist())
             blend_(x, table[:, 3 * position : 3 * position + 3], kinds)
+            if (plan.factor[block, position] > 1).any():  # else every value lies between two values of [0, 1]
+                x.clamp_(0, 1)
     return x
 
 
 def blend_(x: torch.Tensor, weights: torch.Tensor, kinds: set[int]) -> torch.Tensor:
-    """In place: clamp(f x + s gray(x) + c mean(gray(x))) with weights (f, s, c) per crop, (N, 3).
+    """In place: f x + s gray(x) + c mean(gray(x)) with weights (f, s, c) per crop, (N, 3); to be clamped to [0, 1].
 
     Brightness is (f, 0, 0), saturation (f, 1 - f, 0), contrast (f, 0, 1 - f). kinds: which of them occur.
     """
@@ -139,9 +153,7 @@ def blend_(x: torch.Tensor, weights: torch.Tensor, kinds: set[int]) -> torch.Ten
         if SATURATION in kinds:
             anchor = gray.mul_(gray_weight) if anchor is None else gray.mul_(gray_weight).add_(anchor)
     x.mul_(factor)
-    if anchor is not None:
-        x.add_(anchor)
-    return x.clamp_(0, 1)
+    return x if anchor is None else x.add_(anchor)
 
 
 def luminance(x: torch.Tensor) -> torch.Tensor:
@@ -157,28 +169,37 @@ def grayscale(x: torch.Tensor) -> torch.Tensor:
     return luminance(x).expand_as(x).contiguous()
 
 
-def shift_hue(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Turn the hue of RGB (N, 3, H, W) in [0, 1] by `shift` (N,) parts of the circle, keeping HSV's S and V."""
+def shift_hue_(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """In place: turn the hue of RGB (N, 3, H, W) in [0, 1] by `shift` (N,) parts of the circle, keeping HSV's S and V.
+
+    Branches are written as arithmetic on 0/1 masks, and planes are used again: on a CPU four times as fast as with
+    `torch.where`, and exact all the same.
+    """
     r, g, b = x.unbind(1)
-    value = torch.maximum(torch.maximum(r, g), b)
-    chroma = value - torch.minimum(torch.minimum(r, g), b)
-    # hue in sextants, counted from red: the position within the pair of the two largest channels
-    is_r, is_g = r == value, g == value
-    hue = torch.where(is_r, g - b, torch.where(is_g, b - r, r - g)).div_(chroma.clamp(min=1e-8))
-    base = torch.where(is_r, 0.0, torch.where(is_g, 2.0, 4.0))
-    hue.add_(base).add_(6 * shift.view(-1, 1, 1))
-    out = torch.empty_like(x)
-    for channel, offset in enumerate((5.0, 3.0, 1.0)):
-        # A channel is V - chroma * clamp(2 - |d|, 0, 1): d is the distance to its darkest hue, on a circle of 6.
-        d = hue + (offset - 2.0)
-        d.sub_(torch.round(d * (1 / 6)), alpha=6.0).abs_().neg_().add_(2.0).clamp_(0, 1)
-        torch.addcmul(value, chroma, d, value=-1.0, out=out[:, channel])
-    return out
+    high, low = torch.maximum(g, b), torch.minimum(g, b)
+    g_below_b, r_below = torch.lt(g, b, out=torch.empty_like(high)), torch.lt(r, high, out=torch.empty_like(high))
+    chroma, mid = torch.maximum(r, high), torch.minimum(r, high)  # chroma holds the value (the largest channel) so far
+    # hue in sextants from red: |K + (mid - low) / chroma|, K = 0, -6 (g < b), -2 (r < high) or 4 (both)
+    hue = torch.sub(mid, low)
+    torch.minimum(mid, low, out=low)
+    chroma.sub_(low)
+    hue.div_(torch.clamp(chroma, min=1e-12, out=high))
+    hue.sub_(g_below_b, alpha=6.0).addcmul_(r_below, g_below_b, value=12.0).sub_(r_below, alpha=2.0).abs_()
+    hue.add_(6.0 * shift.view(-1, 1, 1))
+    hue.sub_(torch.mul(hue, 1 / 6, out=high).floor_(), alpha=6.0)  # back into [0, 6)
+    # A channel is low + chroma * w, where w rises and falls with the distance d = clamp(., 1, 2) of the hue:
+    # w = d - 1 counted from cyan for r, w = 2 - d counted from the channel's own hue for g and b.
+    near_low, near_high = torch.sub(low, chroma, out=high), torch.add(low, chroma, alpha=2.0, out=r_below)
+    for channel, centre, base, sign in ((r, 3.0, near_low, 1.0), (g, 2.0, near_high, -1.0), (b, 4.0, near_high, -1.0)):
+        d = torch.sub(hue, centre, out=mid).abs_().clamp_(1, 2)
+        torch.addcmul(base, chroma, d, value=sign, out=channel)
+    return x
 
 
 def solarize(x: torch.Tensor) -> torch.Tensor:
     """Invert what 8 bits would round to 128 or more."""
-    return torch.where(x >= 127.5 / 255, 1 - x, x)
+    bright = torch.ge(x, 127.5 / 255, out=torch.empty_like(x))
+    return x.addcmul(bright, 1 - 2 * x)
 
 
 def gaussian_blur(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -191,6 +212,8 @@ def gaussian_blur(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     radius = _BLUR_RADIUS
     taps = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
     kernel = torch.exp(-0.5 * (taps / sigma.view(-1, 1)).square())
+    # far taps of a narrow kernel are subnormal numbers, which slow a processor's products down tenfold
+    kernel = torch.where(kernel < 1e-8, 0.0, kernel)
     kernel = kernel / kernel.sum(dim=1, keepdim=True)  # (N, taps)
     padded = F.pad(x, (radius,) * 4, mode="replicate")
     tall, tile = height + 2 * radius, _tile(width)
@@ -206,10 +229,9 @@ _BLUR_RADIUS = 6  # three times the largest sigma
 
 
 def _tile(side: int) -> int:
-    """Outputs of one banded product: the whole side up to 112, else its largest divisor up to 64 (or the side)."""
-    if side <= 112:
-        return side
-    return max((t for t in range(16, 65) if side % t == 0), default=side)
+    """Outputs of one banded product: the largest divisor of the side up to 32, or the side where all are small."""
+    tile = max(t for t in range(1, min(side, 32) + 1) if side % t == 0)
+    return tile if tile >= 8 else side
 
 
 def _band(kernel: torch.Tensor, tile: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from data.augment import CropSpec, MultiCrop, colour_parameters, resize
+from data.augment import CropSpec, MultiCrop, as_batch, colour_parameters, crop_memory, resize
 from data.colour import IMAGENET_MEAN, IMAGENET_STD
 from data.decode import BadImage
 from data.draws import SUBSTITUTE, raw_words
@@ -64,8 +64,8 @@ class TrainSet(Dataset):
 
     def __getitems__(self, pairs: Sequence[tuple[int, int]]) -> CropBatch:
         """All crops of one micro-batch."""
-        count, channels = len(pairs), self.spec.in_chans
-        crops = [_batch_memory(v, count, channels, s, s) for v, s in self.spec.resolutions]
+        count, channels, shared = len(pairs), self.spec.in_chans, get_worker_info() is not None
+        crops = [crop_memory(v, count, channels, s, shared) for v, s in self.spec.resolutions]
         bad = torch.zeros(count, dtype=torch.bool)
         draws = np.stack([self._multicrop.draws(self.seed, epoch, index) for epoch, index in pairs])
         for b, (epoch, index) in enumerate(pairs):
@@ -128,7 +128,7 @@ class EvalSet(Dataset):
         return len(self.source)
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        images = _batch_memory(len(indices), self.source.in_chans, self.img_size, self.img_size)
+        images = crop_memory(1, len(indices), self.source.in_chans, self.img_size, get_worker_info() is not None)[0]
         for b, index in enumerate(indices):
             try:
                 picture = self.source.open(index)
@@ -146,8 +146,7 @@ def central_square(picture, img_size: int, resize_to: int) -> torch.Tensor:
     short = min(picture.height, picture.width)
     height, width = (int(resize_to * side / short) for side in (picture.height, picture.width))
     shrink = max(s for s in (1, 2, 4, 8) if s == 1 or short >= 2 * s * resize_to)
-    image = torch.from_numpy(picture.pixels(shrink)).permute(2, 0, 1)
-    image = resize(image, height, width)
+    image = resize(as_batch(picture.pixels(shrink)), height, width)[0]
     top, left = round((height - img_size) / 2), round((width - img_size) / 2)
     return image[:, top : top + img_size, left : left + img_size]
 
@@ -220,9 +219,3 @@ def _start_worker(_worker: int) -> None:
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-def _batch_memory(*shape: int) -> torch.Tensor:
-    """An empty uint8 tensor, in a worker placed in the memory shared with the training process."""
-    tensor = torch.empty(shape, dtype=torch.uint8)
-    return tensor.share_memory_() if get_worker_info() is not None else tensor
