@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from runtime.guards import InputError
 
 _TRUE = {"on", "true", "1", "yes"}
 _FALSE = {"off", "false", "0", "no"}
@@ -64,3 +71,53 @@ def add_launcher_flags(group: argparse._ActionsContainer) -> None:
     add_flag(group, "--backend", default=None, help="torch.distributed backend (default: nccl on CUDA, gloo elsewhere)")
     add_flag(group, "--dist_url", default="env://", help="where the processes meet; see torch.distributed")
     add_flag(group, "--local_rank", type=int, default=0, help="accepted and ignored: launchers set LOCAL_RANK")
+
+
+# ------------------------------------------------------------------------------------------------ config files
+
+
+def given_flags(make_parser: Callable[[], argparse.ArgumentParser], argv: list[str] | None) -> list[str]:
+    """Names of the flags that stand on the command line."""
+    parser = argparse.ArgumentParser(add_help=False, parents=[make_parser()])
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return list(vars(parser.parse_args(argv)))
+
+
+def read_config(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """Values of a --config file (JSON or YAML), converted and checked as the parser's flags are. Raises InputError."""
+    if not path.is_file():
+        raise InputError(f"--config {path} does not exist")
+    text = path.read_text()
+    try:
+        if path.suffix in (".yaml", ".yml"):
+            import yaml
+
+            values = yaml.safe_load(text)
+        else:
+            values = json.loads(text)
+    except Exception as error:  # yaml's and json's own errors, which say where
+        raise InputError(f"--config {path} cannot be parsed: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"--config {path} must hold one object of flags and values, not a {type(values).__name__}")
+    actions = {action.dest: action for action in parser._actions}
+    for key in values:
+        if key not in actions:
+            near = difflib.get_close_matches(key, actions, n=3)
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            raise InputError(f"--config {path}: unknown key {key!r}{hint}")
+    return {key: _as_flag(actions[key], value, path) for key, value in values.items() if key != "config"}
+
+
+def _as_flag(action: argparse.Action, value: Any, path: Path) -> Any:
+    """A config's value as its flag would read it."""
+    if value is None or action.nargs == 0:
+        return value
+    items = value if isinstance(value, list) else [value]
+    try:
+        items = [action.type(str(item)) if action.type else str(item) for item in items]
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise InputError(f"--config {path}: {action.dest} {value!r}: {error}") from error
+    if action.choices and items[0] not in action.choices:
+        raise InputError(f"--config {path}: {action.dest} {value!r}; choose {', '.join(action.choices)}")
+    return items if action.nargs else items[0]

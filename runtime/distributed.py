@@ -14,14 +14,16 @@ import os
 import re
 import socket
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from runtime.guards import InputError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -260,6 +262,23 @@ def broadcast_object(value: Any, source: int = 0) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=source)
     return box[0]
+
+
+def on_main_process(work: Callable[[], T], keep_local: bool = False) -> T | None:
+    """Do `work` on rank 0 and hand its result to all; an InputError there is raised on all ranks alike.
+
+    `keep_local`: the result stays on rank 0 (it cannot be sent, or is of no use elsewhere), the others get None.
+    """
+    result, refusal = None, None
+    if is_main_process():
+        try:
+            result = work()
+        except InputError as error:
+            refusal = str(error)
+    refusal, shared = broadcast_object((refusal, None if keep_local else result))
+    if refusal is not None:
+        raise InputError(refusal)
+    return result if is_main_process() else shared
 
 
 def all_gather_objects(value: Any) -> list[Any]:

@@ -7,8 +7,11 @@ between the ranks by the training step.
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -43,3 +46,16 @@ class StopRequest:
         self.requested = True
         # A later SIGINT after a SIGTERM counts as the first of its kind, so that one more aborts.
         self.name = signal.Signals(number).name
+
+
+def requeue_slurm_job(say: Callable[[str], None]) -> None:
+    """Put this SLURM job back into the queue; called by one process, once. Says so, or why it could not."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        say("warning: --requeue true has no effect outside a SLURM job")
+        return
+    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        say(f"job {job} is back in the queue")
+    else:
+        say(f"warning: job {job} was not requeued: {done.stderr.strip()}")
