@@ -14,18 +14,24 @@ published code's.
 from __future__ import annotations
 
 import csv
+import dataclasses
+import functools
 import os
 from pathlib import Path
 
 import numpy as np
 
+from data.cache import cache_folder, entry_name, recall, remember, stamps_of
 from data.decode import IMAGE_SUFFIXES, BadImage, Picture
 from data.demo import open_demo
-from data.source import ImageSource, PackedStrings
+from data.shards import expand_shards, is_shard_pattern, open_shards, split_shards
+from data.source import ImageSource, PackedStrings, labels_from_words
+from runtime.distributed import on_main_process
 from runtime.guards import InputError
 
 SPLITS = ("train", "val")
 LIST_SUFFIXES = (".txt", ".csv", ".tsv")
+CACHE_FROM = 20_000  # images from which a list is worth keeping for the next start
 _PROBES = 16  # images tried before a data set is said to hold no readable one
 
 
@@ -47,18 +53,18 @@ class FileSource(ImageSource):
     def name(self, i: int) -> str:
         return os.path.join(self.root, self._names[i])
 
-    def open(self, i: int) -> Picture:
+    def read(self, i: int) -> bytes:
         try:
             with open(self.name(i), "rb") as file:
-                data = file.read()
+                return file.read()
         except OSError as error:
             raise BadImage(f"can't be read: {error.strerror or error}") from error
-        return Picture(data, self.in_chans)
 
 
 def open_images(data_path: str | os.PathLike, split: str = "train", subset: int = -1, in_chans: int = 3) -> ImageSource:
     """The images of `split` ("train" or "val") at `data_path`; see the module for the layouts.
 
+    Every process of a distributed run must call it: one reads the file system and tells the others.
     subset: n > 0 keeps the first n images of each class (all images count as one class where there are no labels);
     -1 keeps all. in_chans: channels of the pixels that `load` returns.
     Raises `InputError` where the path is missing, holds no image, or none that can be read.
@@ -113,6 +119,9 @@ class _Subset(ImageSource):
     def open(self, i: int) -> Picture:
         return self._source.open(int(self._indices[i]))
 
+    def read(self, i: int) -> bytes:
+        return self._source.read(int(self._indices[i]))
+
     def name(self, i: int) -> str:
         return self._source.name(int(self._indices[i]))
 
@@ -129,22 +138,31 @@ def first_of_each_class(labels: np.ndarray, n: int) -> np.ndarray:
 
 
 def _open_files(path: Path, split: str, in_chans: int) -> ImageSource:
+    if is_shard_pattern(path):
+        if split == "val":
+            raise InputError(f"--data_path {path} names shards of one split: give the folder that holds train and val")
+        return open_shards(expand_shards(path), in_chans, str(path))
     if not path.exists():
+        raise InputError(f"--data_path {path}: no such file or folder; give a folder of images, a list, shards or demo")
+    if path.is_dir():
+        path = _split_path(path, split)
+        if isinstance(path, list):
+            return open_shards(path, in_chans, f"{path[0].parent} ({split})")
+    elif path.suffix.lower() not in LIST_SUFFIXES:
         raise InputError(
-            f"--data_path {path}: there is no such file or folder; give a folder of images, a list, or demo"
+            f"--data_path {path} is a file, but neither a list of images ({', '.join(LIST_SUFFIXES)}) nor a tar shard"
         )
-    if path.is_file():
-        if path.suffix.lower() in LIST_SUFFIXES:
-            return _open_list(path, split, in_chans)
-        raise InputError(f"--data_path {path} is a file, but not a list of images ({', '.join(LIST_SUFFIXES)})")
-    folder = _split_folder(path, split)
-    if folder.is_file():
-        return _open_list(folder, split, in_chans)
-    return _open_folder(folder, in_chans)
+    find = functools.partial(_read_list, path, split) if path.is_file() else functools.partial(_read_folder, path)
+    found = on_main_process(find)  # one process reads the file system for all
+    root = path.parent if path.is_file() else path
+    return FileSource(root, found.names, found.labels, found.classes, in_chans, str(path))
 
 
-def _split_folder(path: Path, split: str) -> Path:
-    """The folder, or the list file, of `split` below `path`."""
+def _split_path(path: Path, split: str) -> Path | list[Path]:
+    """The folder, list file or tar shards of `split` below the folder `path`."""
+    shards = split_shards(path / split if (path / split).is_dir() else path, split)
+    if shards:
+        return shards
     present = {name: (path / name).is_dir() for name in SPLITS}
     if present[split]:
         return path / split
@@ -158,22 +176,60 @@ def _split_folder(path: Path, split: str) -> Path:
     return path
 
 
-def _open_folder(folder: Path, in_chans: int) -> ImageSource:
-    names = _scan(folder)
+@dataclasses.dataclass
+class Listing:
+    """Names relative to a root, with labels or without."""
+
+    names: PackedStrings
+    labels: np.ndarray | None = None
+    classes: list[str] | None = None
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """For `data.cache`."""
+        blob, ends = self.names.arrays()
+        arrays = {"blob": blob, "ends": ends}
+        if self.labels is not None:
+            class_blob, class_ends = PackedStrings.pack(self.classes).arrays()
+            arrays |= {"labels": self.labels, "class_blob": class_blob, "class_ends": class_ends}
+        return arrays
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> Listing:
+        listing = cls(PackedStrings(arrays["blob"], arrays["ends"]))
+        if "labels" in arrays:
+            listing.labels = arrays["labels"]
+            listing.classes = list(PackedStrings(arrays["class_blob"], arrays["class_ends"]))
+        return listing
+
+
+def _read_folder(folder: Path) -> Listing:
+    """All images below a folder: scanned, or remembered where no folder below has changed since."""
+    name = entry_name("folder", str(folder.resolve()))
+    entry = recall(cache_folder() / name)
+    if entry is not None:
+        folders = [os.path.join(folder, f) for f in PackedStrings(entry["folder_blob"], entry["folder_ends"])]
+        if np.array_equal(stamps_of(folders), entry["stamps"]):
+            return Listing.from_arrays(entry)
+    names, folders = scan_folder(folder)
     if not names:
         raise InputError(
             f"{folder} holds no image: no file below it ends in one of {', '.join(IMAGE_SUFFIXES)}; check --data_path"
         )
-    labels, classes = _labels_from_folders(names)
-    return FileSource(folder, PackedStrings.pack(names), labels, classes, in_chans)
+    listing = Listing(PackedStrings.pack(names), *_labels_from_folders(names))
+    if len(names) >= CACHE_FROM:
+        stamps = stamps_of([os.path.join(folder, f) for f in folders])
+        if stamps is not None:
+            blob, ends = PackedStrings.pack(folders).arrays()
+            arrays = {**listing.arrays(), "folder_blob": blob, "folder_ends": ends, "stamps": stamps}
+            remember([cache_folder()], name, arrays, stamps)
+    return listing
 
 
-def _scan(folder: Path) -> list[str]:
-    """Sorted relative names of all image files below `folder`, hidden ones left out."""
+def scan_folder(folder: Path) -> tuple[list[str], list[str]]:
+    """Sorted relative names of all image files below `folder`, hidden ones left out; and of all folders there."""
     found: list[str] = []
-    stack = [""]
-    while stack:
-        relative = stack.pop()
+    folders = [""]
+    for relative in folders:  # grows while it is walked
         with os.scandir(os.path.join(folder, relative)) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
@@ -183,25 +239,26 @@ def _scan(folder: Path) -> list[str]:
                     if entry.is_file():
                         found.append(name)
                 elif entry.is_dir():
-                    stack.append(name)
-    return sorted(found, key=lambda name: name.split("/"))
+                    folders.append(name)
+    return sorted(found, key=lambda name: name.split("/")), folders
 
 
 def _labels_from_folders(names: list[str]) -> tuple[np.ndarray, list[str]] | tuple[None, None]:
     """Class numbers and names from the first folder of each name; none where an image lies in no class folder."""
     tops = [name.split("/", 1)[0] if "/" in name else None for name in names]
-    if None in tops:
-        return None, None
-    classes = sorted(set(tops))
-    number = {name: i for i, name in enumerate(classes)}
-    return np.fromiter((number[top] for top in tops), dtype=np.int64, count=len(tops)), classes
+    return (None, None) if None in tops else labels_from_words(tops, numbers=False)
 
 
 # ---- lists ----
 
 
-def _open_list(file: Path, split: str, in_chans: int) -> ImageSource:
+def _read_list(file: Path, split: str) -> Listing:
     """A text file with `path` or `path label` in each line, or CSV/TSV with or without a header path,label,split."""
+    name = entry_name("list", str(file.resolve()), split)
+    stamps = stamps_of([file])
+    entry = recall(cache_folder() / name)
+    if entry is not None and np.array_equal(stamps, entry["stamps"]):
+        return Listing.from_arrays(entry)
     rows = _read_rows(file, split)
     if not rows:
         raise InputError(f"{file} lists no image for {split}: each line should hold a path, or a path and a label")
@@ -216,16 +273,21 @@ def _open_list(file: Path, split: str, in_chans: int) -> ImageSource:
     if any(labelled) and not all(labelled):
         line = labelled.index(False)
         raise InputError(f"{file} has a label in some lines but none for {rows[line][0]}: label all lines or none")
-    labels, classes = _labels_from_words([label for _, label in rows]) if all(labelled) else (None, None)
-    return FileSource(root, PackedStrings.pack(path for path, _ in rows), labels, classes, in_chans, str(file))
+    listing = Listing(PackedStrings.pack(path for path, _ in rows))
+    if all(labelled):
+        listing.labels, listing.classes = labels_from_words([label for _, label in rows])
+    if len(rows) >= CACHE_FROM:
+        remember([cache_folder()], name, {**listing.arrays(), "stamps": stamps}, stamps)
+    return listing
 
 
 def _read_rows(file: Path, split: str) -> list[tuple[str, str | None]]:
-    with open(file, encoding="utf-8", errors="surrogateescape", newline="") as text:
+    with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
         if file.suffix.lower() == ".txt":
             table = [_split_text_line(line) for line in text if line.strip() and not line.startswith("#")]
         else:
-            table = [row for row in csv.reader(text, delimiter="\t" if file.suffix == ".tsv" else ",") if row]
+            delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
+            table = [row for row in csv.reader(text, delimiter=delimiter) if row]
     columns = {"path": 0, "label": 1}
     if table and "path" in [cell.strip().lower() for cell in table[0]]:
         columns = {cell.strip().lower(): number for number, cell in enumerate(table.pop(0))}
@@ -241,23 +303,13 @@ def _read_rows(file: Path, split: str) -> list[tuple[str, str | None]]:
 
 
 def _split_text_line(line: str) -> list[str]:
-    """`path`, `path<TAB>label` or `path label`; a path with spaces needs the tab, or a label-free list."""
+    """`path`, `path<TAB>label`, `path,label` or `path label`."""
     line = line.strip()
-    if "\t" in line:
-        return line.split("\t", 1)
-    head, _, tail = line.rpartition(" ")
-    return [head, tail] if head and not tail.lower().endswith(IMAGE_SUFFIXES) else [line]
-
-
-def _labels_from_words(words: list[str]) -> tuple[np.ndarray, list[str]]:
-    """Whole numbers are class numbers as they are; other words are classes in sorted order."""
-    if all(word.isdecimal() for word in words):
-        labels = np.array([int(word) for word in words], dtype=np.int64)
-        if labels.max() < 10 * len(labels) + 1000:  # else they are names that happen to be digits
-            return labels, [str(i) for i in range(int(labels.max()) + 1)]
-    classes = sorted(set(words))
-    number = {word: i for i, word in enumerate(classes)}
-    return np.array([number[word] for word in words], dtype=np.int64), classes
+    for separator in ("\t", ",", " "):
+        head, _, tail = line.rpartition(separator)
+        if head and not tail.lower().endswith(IMAGE_SUFFIXES):
+            return [head, tail]
+    return [line]
 
 
 def _check_readable(source: ImageSource) -> None:

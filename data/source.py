@@ -44,10 +44,6 @@ class PackedStrings:
         start = ends[i - 1] if i else 0
         return blob[start : ends[i]].tobytes().decode("utf-8", "surrogateescape")
 
-    def take(self, indices: np.ndarray) -> PackedStrings:
-        """The strings at `indices`, packed."""
-        return PackedStrings.pack(self[int(i)] for i in indices)
-
     def digest(self) -> bytes:
         blob, ends = self.arrays()
         return hashlib.sha256(blob.tobytes() + ends.tobytes()).digest()
@@ -56,7 +52,7 @@ class PackedStrings:
 class ImageSource:
     """A fixed sequence of images; the index of an image never changes.
 
-    Subclasses implement `open(i)` and `name(i)`, and call this constructor.
+    Subclasses implement `name(i)`, and `read(i)` or `open(i)`, and call this constructor.
     labels: one class number per image, or None; classes: the names of the classes, by number.
     identity: bytes that differ between different sets of images (names, not the place where they lie).
     """
@@ -87,7 +83,11 @@ class ImageSource:
 
     def open(self, i: int) -> Picture:
         """The i-th image with its size known and its pixels not decoded yet. Raises `BadImage`."""
-        raise NotImplementedError
+        return Picture(self.read(i), self.in_chans)
+
+    def read(self, i: int) -> bytes:
+        """The i-th image as its file holds it. Raises `BadImage`."""
+        raise NotImplementedError(f"{self.where} keeps no files")
 
     def name(self, i: int) -> str:
         """Where the i-th image comes from, for messages."""
@@ -104,3 +104,18 @@ class ImageSource:
         if self._labels is not None:
             digest.update(self._labels.numpy().tobytes())
         return digest.hexdigest()[:12]
+
+
+def labels_from_words(words: Sequence[str], numbers: bool = True) -> tuple[np.ndarray, list[str]]:
+    """Class numbers and class names from one word per image.
+
+    With `numbers`, words that are all whole numbers are class numbers as they stand; else the classes are the
+    different words in sorted order.
+    """
+    if numbers and all(word.isdecimal() for word in words):
+        labels = np.array([int(word) for word in words], dtype=np.int64)
+        if labels.max() < 10 * len(labels) + 1000:  # else they are names that happen to be digits
+            return labels, [str(i) for i in range(int(labels.max()) + 1)]
+    classes = sorted(set(words))
+    number = {word: i for i, word in enumerate(classes)}
+    return np.fromiter((number[word] for word in words), dtype=np.int64, count=len(words)), classes
