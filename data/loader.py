@@ -8,7 +8,7 @@ pairs alone.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -103,12 +103,36 @@ def build_train_loader(
     pin_memory: bool = False,
     on_bad_image: str = "substitute",
     prefetch_factor: int = 2,
-) -> DataLoader:
+) -> Loader:
     """Batches of crops in the sampler's order; each iteration is one epoch from the sampler's position.
 
     pin_memory: page-locked batches, for a CUDA device. prefetch_factor: batches that each worker keeps ready.
     """
     return _loader(TrainSet(source, spec, seed, on_bad_image), sampler, num_workers, pin_memory, prefetch_factor)
+
+
+def ahead_on_device(batches: Iterable[CropBatch], device: torch.device) -> Iterator[CropBatch]:
+    """The batches with their crops on `device`; on CUDA each travels while the step before it computes.
+
+    The copy runs in a stream of its own, from pinned memory (`pin_memory` of `build_train_loader`).
+    """
+    if device.type != "cuda":
+        for batch in batches:
+            yield batch.to(device)
+        return
+    stream, waiting = torch.cuda.Stream(device), None
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            moved = batch.to(device, non_blocking=True)
+        if waiting is not None:
+            yield waiting
+        current = torch.cuda.current_stream(device)
+        current.wait_stream(stream)  # the step after this one waits for its crops, and only for them
+        for crops in moved.crops:
+            crops.record_stream(current)
+        waiting = moved
+    if waiting is not None:
+        yield waiting
 
 
 # ---- evaluation ----
@@ -159,7 +183,7 @@ def build_eval_loader(
     resize: int = 256,
     indices: Sequence[int] | np.ndarray | None = None,
     pin_memory: bool = False,
-) -> DataLoader:
+) -> Loader:
     """uint8 images (B, C, S, S) and their indices (B,), in order; `indices` limits it to a part, in that order."""
     indices = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
     return _loader(EvalSet(source, img_size, resize), _InOrder(indices, batch_size), num_workers, pin_memory, 2)
@@ -194,11 +218,11 @@ def normalize(
 # ---- common ----
 
 
-def _loader(dataset: Dataset, batch_sampler, num_workers: int, pin_memory: bool, prefetch_factor: int) -> DataLoader:
+def _loader(dataset: Dataset, batch_sampler, num_workers: int, pin_memory: bool, prefetch_factor: int) -> Loader:
     if num_workers < 0:
         raise InputError(f"--num_workers {num_workers}: give 0 (load in the training process) or more")
-    return DataLoader(
-        dataset,
+    return Loader(
+        _Answering(dataset),
         batch_sampler=batch_sampler,
         num_workers=num_workers,
         collate_fn=_as_it_is,
@@ -207,6 +231,52 @@ def _loader(dataset: Dataset, batch_sampler, num_workers: int, pin_memory: bool,
         persistent_workers=num_workers > 0,
         prefetch_factor=prefetch_factor if num_workers else None,
     )
+
+
+class Loader(DataLoader):
+    """torch's DataLoader with errors that can be read: bad input as `InputError`, a lost worker by its likely cause."""
+
+    def __iter__(self) -> Iterator:
+        return self._checked(super().__iter__())  # workers start now, not at the first batch
+
+    def _checked(self, batches: Iterator) -> Iterator:
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise RuntimeError(
+                    f"a loader worker is gone ({' '.join(str(error).split())}). Most often the machine ran out of "
+                    "memory: use fewer --num_workers, or ask the scheduler for more memory or a larger /dev/shm"
+                ) from error
+            if isinstance(batch, _Refusal):
+                raise InputError(batch.message)
+            yield batch
+
+
+class _Refusal(NamedTuple):
+    """An `InputError` on its way from a worker: raised there, torch would wrap it in a traceback."""
+
+    message: str
+
+
+class _Answering(Dataset):
+    """A data set that answers with a `_Refusal` where it would raise `InputError`."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, indices):
+        try:
+            return self.dataset.__getitems__(indices)
+        except InputError as error:
+            return _Refusal(str(error))
 
 
 def _as_it_is(batch):
