@@ -36,10 +36,14 @@ def evaluation_parser(title: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(title, add_help=False, formatter_class=HelpFormatter)
 
 
-def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
-    """Checkpoint and model: a flag is needed only where no checkpoint says it; one that contradicts is an error."""
+def add_checkpoint_flags(parser: argparse.ArgumentParser, many: bool = False) -> None:
+    """Checkpoint(s) and model: a flag is needed only where no checkpoint says it; one that contradicts is an error."""
     group = parser.add_argument_group("checkpoint and model (the checkpoint tells; needed only without one)")
-    add_flag(group, "--pretrained_weights", default="", help="checkpoint, ours or published; empty: random weights")
+    if many:
+        add_flag(group, "--pretrained_weights", nargs="*", default=[],
+                 help="checkpoints, ours or published, compared side by side; none: random weights")  # fmt: skip
+    else:
+        add_flag(group, "--pretrained_weights", default="", help="checkpoint, ours or published; empty: random weights")
     add_flag(group, "--checkpoint_key", default="teacher", help="which network of the checkpoint: teacher or student")
     add_flag(group, "--arch", default=None, help="architecture (default: the checkpoint's, or vit_small)")
     add_flag(group, "--mode", default=None, help="official or simpool (default: the checkpoint's, or official)")
