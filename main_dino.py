@@ -80,8 +80,8 @@ COSMETIC = {
     "allow_changed_args", "backend", "batch_size_per_gpu", "checkpoint_every_minutes", "checkpoint_every_steps",
     "config", "data_path", "device", "dist_url", "dry_run", "eval_every", "global_batch_size", "grad_accum",
     "init_from", "keep_checkpoints", "local_rank", "max_bad_fraction", "max_bad_steps", "max_failed_saves",
-    "max_steps", "nb_knn", "num_workers", "on_bad_image", "output_dir", "recipe", "requeue", "saveckp_freq", "temperature", "timeout",
-    "use_fp16",
+    "max_steps", "nb_knn", "num_workers", "on_bad_image", "output_dir", "recipe", "requeue", "saveckp_freq",
+    "temperature", "timeout", "use_fp16",
 }  # fmt: skip
 
 

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Run the tests: every one in its quick form, in under 15 minutes on 2 cores.
+#   run_scripts/test.sh            quick
+#   run_scripts/test.sh --full     the long ones too (about 30 minutes more)
+#   run_scripts/test.sh tests/test_sp.py -k gamma     anything else goes to pytest
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+cd "$root"
+use_environment pytest xdist ruff -- "pytest>=8" "pytest-xdist>=3.5" "ruff>=0.6"
+
+only_quick=(-m "not full")
+if [ "${1:-}" = "--full" ]; then
+    only_quick=()
+    shift
+fi
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+# One thread per process: two workers share two cores, and sums do not depend on the number of cores.
+export OMP_NUM_THREADS=1 MPLBACKEND=Agg
+workers=$(getconf _NPROCESSORS_ONLN)
+exec "$PYTHON" -m pytest -n "$((workers < 4 ? workers : 4))" --dist worksteal "${only_quick[@]}" "$@"
