@@ -188,7 +188,8 @@ def _cut_one(image: torch.Tensor, box: tuple[int, int, int, int], flip: bool, ou
 
 def as_batch(pixels: np.ndarray) -> torch.Tensor:
     """(H, W, C) uint8 -> (1, C, H, W) over the same memory, strided so that torch's resize copies least."""
-    return torch.from_numpy(pixels).unsqueeze(0).permute(0, 3, 1, 2)
+    writeable = pixels if pixels.flags.writeable else pixels.copy()  # torch has no read-only tensors
+    return torch.from_numpy(writeable).unsqueeze(0).permute(0, 3, 1, 2)
 
 
 def resize(image: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -50,7 +50,7 @@ def stamps_of(paths: Sequence[str | os.PathLike]) -> np.ndarray | None:
 def recall(file: Path) -> dict[str, np.ndarray] | None:
     """The arrays of an entry, or None where there is none that can be read."""
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        with open(file, "rb") as handle, np.load(handle, allow_pickle=False) as arrays:
             return dict(arrays)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
