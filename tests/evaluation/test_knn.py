@@ -1,0 +1,156 @@
+"""Weighted k-NN: the published numbers, and what must not change them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from evaluation import knn
+from runtime.guards import InputError
+from tests.reference import golden, tensor
+
+
+def golden_features(case):
+    rng = np.random.RandomState(case["seed"])
+    train_labels = torch.from_numpy(rng.randint(0, case["classes"], case["n"]))
+    test_labels = torch.from_numpy(rng.randint(0, case["classes"], case["q"]))
+    prototypes = tensor(case["seed"] + 1, (case["classes"], case["d"]))
+    train = F.normalize(prototypes[train_labels] + 2.5 * tensor(case["seed"] + 2, (case["n"], case["d"])), dim=1)
+    test = F.normalize(prototypes[test_labels] + 2.5 * tensor(case["seed"] + 3, (case["q"], case["d"])), dim=1)
+    return train, train_labels, test, test_labels
+
+
+CASES = golden("knn")
+
+
+@pytest.fixture(scope="module")
+def data():
+    return golden_features(CASES[0])
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"k{case['k']}")
+def test_matches_the_published_accuracies(case):
+    """Top-1 is the published code's for every k, and top-5 where classes without a vote cannot tie (k >= 20)."""
+    top1, top5 = knn.knn_classifier(*golden_features(case), case["k"], case["T"])
+    assert top1 == pytest.approx(case["acc"][0].item(), abs=1e-4)
+    if case["k"] >= 20:
+        assert top5 == pytest.approx(case["acc"][1].item(), abs=1e-4)
+
+
+def test_many_k_and_temperatures_equal_one_at_a_time(data):
+    """One pass for several k and temperatures gives each the numbers that it gets alone."""
+    together = knn.knn_accuracies(*data, [200, 1, 20], [0.07, 0.5])
+    assert together == {(k, T): knn.knn_classifier(*data, k, T) for k in (200, 1, 20) for T in (0.07, 0.5)}
+
+
+@pytest.mark.parametrize("chunk_bytes", [2_000, 60_000])
+def test_memory_chunks_do_not_change_the_result(data, chunk_bytes):
+    """Blocks of training images and chunks of queries, however small, give the same accuracies."""
+    expected = knn.knn_accuracies(*data, [10, 200], [0.07])
+    small = [part[:100] for part in data[2:]]
+    assert knn.knn_accuracies(*data[:2], *small, [10, 200], [0.07], chunk_bytes=chunk_bytes) == knn.knn_accuracies(
+        *data[:2], *small, [10, 200], [0.07]
+    )
+    assert expected[(10, 0.07)][0] > 30
+
+
+@pytest.mark.parametrize(("width", "k"), [(5000, 7), (5003, 200), (300, 100), (10, 10)])
+def test_two_stage_ranking_equals_topk(width, k):
+    """Ranking by groups of columns finds the same values in the same order as torch.topk, at any width."""
+    values = tensor(3, (17, width))
+    ours, index = knn.row_topk(values, k)
+    assert torch.equal(ours, values.topk(k).values)
+    assert torch.equal(values.gather(1, index), ours)
+
+
+def test_fp16_storage_is_compared_in_fp32(data):
+    """Features stored in fp16 give what the same rounded features give in fp32."""
+    half = [part.half() if part.is_floating_point() else part for part in data]
+    full = [part.float() if part.is_floating_point() else part for part in half]
+    assert knn.knn_classifier(*half, 20, 0.07) == knn.knn_classifier(*full, 20, 0.07)
+
+
+def test_a_faster_matmul_setting_does_not_leak_in_or_out(data):
+    """The accuracies are the exact ones under any float32 matmul setting, which is left as it was."""
+    expected = knn.knn_accuracies(*data, [10, 200], [0.07])
+    torch.set_float32_matmul_precision("medium")
+    assert knn.knn_accuracies(*data, [10, 200], [0.07]) == expected
+    assert torch.get_float32_matmul_precision() == "medium"
+
+
+def test_k_above_the_training_set_is_clamped_and_said(data, capsys):
+    """A k above n becomes n, stands under n in the result, and the output names both."""
+    train, labels = data[0][:30], data[1][:30]
+    result = knn.knn_classifier(train, labels, *data[2:], [20, 100], 0.07)
+    assert set(result) == {20, 30}
+    said = capsys.readouterr().out
+    assert "100" in said
+    assert "30" in said
+
+
+def test_a_class_without_votes_is_never_a_hit():
+    """With one neighbour's class voted for, top-5 does not count classes that got no vote."""
+    train, labels = torch.eye(2), torch.tensor([0, 1])
+    assert knn.knn_classifier(train, labels, train, torch.tensor([0, 2]), 2, 0.07) == (50.0, 50.0)
+
+
+def test_small_temperatures_do_not_overflow(data):
+    """At T = 0.005, where exp(1/T) overflows float32, the nearest image decides alone."""
+    assert knn.knn_classifier(*data, 50, 0.005)[0] == pytest.approx(knn.knn_classifier(*data, 1, 0.07)[0], abs=2.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: (d[0][:, :5], *d[1:]), "width 5"),
+        (lambda d: (d[0], d[1][:-1], *d[2:]), "1999 labels"),
+        (lambda d: (d[0], d[1] - 1, *d[2:]), "-1"),
+    ],
+)
+def test_features_that_do_not_fit_are_named(data, change, message):
+    """Widths, lengths and labels that do not fit are errors that show the value."""
+    with pytest.raises(ValueError, match=message):
+        knn.knn_classifier(*change(data), 10, 0.07)
+
+
+def test_low_shot_takes_file_order_from_the_published_starts(data):
+    """nu = 5 from start 10 are the images 10 to 14 of each class, and five runs give their mean and spread."""
+    labels = data[1]
+    index = knn.low_shot_indices(labels, 5, 10)
+    for c in range(20):
+        assert index[labels[index] == c].tolist() == torch.where(labels == c)[0][10:15].tolist()
+    result = knn.low_shot_knn(*data, nus=(1, 5))
+    runs = []
+    for start in (0, 5, 10, 15, 20):
+        chosen = knn.low_shot_indices(labels, 5, start)
+        runs.append(knn.knn_classifier(data[0][chosen], labels[chosen], *data[2:], 20, 0.07)[0])
+    assert result[5]["runs"] == runs
+    assert result[5]["mean"] == pytest.approx(np.mean(runs))
+    assert result[1]["k"] == 1
+
+
+def test_low_shot_draws_depend_on_the_seed_alone(data):
+    """Random draws repeat for a seed, differ for another, and hold nu images of every class."""
+    first, again, other = (knn.low_shot_indices(data[1], 10, None, seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.bincount(data[1][first]).tolist() == [10] * 20
+
+
+def test_low_shot_names_the_class_with_too_few_images(data):
+    """A class with fewer than nu images is an error that names it."""
+    keep = (data[1] != 3) | (torch.cumsum(data[1] == 3, 0) <= 4)
+    names = [f"class{c}" for c in range(20)]
+    with pytest.raises(InputError, match="'class3' has 4 training images"):
+        knn.low_shot_indices(data[1][keep], 5, None, classes=names)
+    with pytest.raises(InputError, match="low_shot_draw random"):
+        knn.low_shot_indices(data[1][keep], 4, 10, classes=names)
+
+
+def test_accuracy_counts_hits_among_the_largest():
+    """DINO's accuracy: percent of rows whose target is among the k largest outputs."""
+    output = torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]])
+    top1, top2 = knn.accuracy(output, torch.tensor([0, 1]), topk=(1, 2))
+    assert (top1.item(), top2.item()) == (50.0, 100.0)

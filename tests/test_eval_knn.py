@@ -1,0 +1,173 @@
+"""eval_knn.py from the command line, and under DINO's names."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval_knn
+from runtime.guards import InputError
+from tests.reference import reference_checkpoint_path
+from tests.small_images import small_root, tiny_checkpoint
+
+ROOT = Path(eval_knn.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def root(cifar10, tmp_path_factory):
+    return small_root(cifar10, tmp_path_factory.mktemp("root"))
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return tiny_checkpoint(tmp_path / "run" / "checkpoint.pth")
+
+
+def evaluate(*flags) -> dict:
+    assert eval_knn.main([*map(str, flags), "--num_workers", "0"]) == 0
+
+
+def run_ranks(program: str, *flags, world: int = 2) -> None:
+    """The program in `world` processes that talk over gloo."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, program, *map(str, flags), "--num_workers", "0", "--device", "cpu"],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )  # fmt: skip
+        for rank in range(world)
+    ]
+    for rank in ranks:
+        output, _ = rank.communicate(timeout=240)
+        assert rank.returncode == 0, output
+
+
+def test_a_checkpoint_is_evaluated_from_its_path_and_the_data_alone(checkpoint, root, capsys):
+    """Model and sizes come from the checkpoint; the table is printed, and the JSON lies beside the checkpoint."""
+    evaluate("--pretrained_weights", checkpoint, "--data_path", root, "--nb_knn", 5, 20, "--low_shot", 1, 5,
+             "--low_shot_draw", "random")  # fmt: skip
+    result = json.loads((checkpoint.parent / "eval_knn.json").read_text())
+    assert [row["k"] for row in result["results"]["knn"]] == [5, 20]
+    assert 25 < result["results"]["knn"][0]["top1"] <= 100  # four classes
+    assert len(result["model"]["checkpoint_sha256"]) == 64
+    assert result["model"]["config"]["mode"] == "simpool"
+    assert (result["data"]["train_images"], result["data"]["classes"]) == (96, 4)
+    assert result["settings"]["img_size"] == 32
+    assert set(result["results"]["low_shot"]) == {"1", "5"}
+    said = capsys.readouterr().out
+    assert f"{result['results']['knn'][0]['top1']:.2f}" in said
+
+
+def test_dumped_features_give_the_same_accuracies_and_only_for_their_maker(checkpoint, root, tmp_path):
+    """--load_features repeats the numbers without the model, and refuses another checkpoint or other images."""
+    flags = ("--data_path", root, "--nb_knn", 10)
+    evaluate("--pretrained_weights", checkpoint, *flags, "--dump_features", tmp_path / "f")
+    first = json.loads((checkpoint.parent / "eval_knn.json").read_text())["results"]
+    evaluate(*flags, "--load_features", tmp_path / "f", "--output_dir", tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "eval_knn.json").read_text())["results"] == first
+    other = tiny_checkpoint(tmp_path / "other.pth", seed=1)
+    with pytest.raises(InputError, match="checkpoint_sha256"):
+        evaluate("--pretrained_weights", other, *flags, "--load_features", tmp_path / "f")
+    with pytest.raises(InputError, match="train_data"):
+        evaluate("--data_path", root, "--subset", 9, "--load_features", tmp_path / "f", "--output_dir", tmp_path)
+
+
+def test_the_published_checkpoint_is_evaluated(root, tmp_path):
+    """A checkpoint of the published code is read, and its architecture found, without any flag."""
+    evaluate("--pretrained_weights", reference_checkpoint_path(), "--data_path", root, "--output_dir", tmp_path,
+             "--nb_knn", 10)  # fmt: skip
+    model = json.loads((tmp_path / "eval_knn.json").read_text())["model"]["config"]
+    assert (model["mode"], model["patch_size"], model["embed_dim"], model["img_size"]) == ("official", 8, 48, 64)
+
+
+def test_two_ranks_give_the_result_of_one(checkpoint, root, tmp_path):
+    """Sharded over two gloo processes, k-NN and the stored features equal those of one process."""
+    flags = ("--pretrained_weights", checkpoint, "--data_path", root, "--nb_knn", 5, 90)
+    run_ranks("eval_knn.py", *flags, "--output_dir", tmp_path / "two", "--features_dtype", "fp16")
+    evaluate(*flags, "--output_dir", tmp_path / "one", "--features_dtype", "fp16")
+    one, two = (json.loads((tmp_path / n / "eval_knn.json").read_text())["results"] for n in ("one", "two"))
+    assert one == two
+
+
+def test_embed_writes_features_of_unlabelled_images(checkpoint, imagenet_sample, tmp_path):
+    """--embed needs no labels and gives one named row per image."""
+    import numpy as np
+
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for image in sorted(imagenet_sample.iterdir())[:5]:
+        shutil.copy(image, folder)
+    evaluate("--pretrained_weights", checkpoint, "--data_path", folder, "--embed", tmp_path / "out.npz")
+    with np.load(tmp_path / "out.npz") as saved:
+        assert saved["features"].shape == (5, 24)
+        assert [Path(name).name for name in saved["names"]] == sorted(p.name for p in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--mode", "official"], "official.*simpool"),
+        (["--patch_size", "16"], "16.*8"),
+        (["--nb_knn", "0"], "nb_knn 0"),
+        (["--temperature", "0"], "temperature 0"),
+        (["--checkpoint_key", "student"], "teacher"),
+        (["--low_shot", "30", "--low_shot_draw", "random"], "has 24 training images"),
+        (["--load_features", "/nowhere"], "/nowhere"),
+        (["--device", "cuda:77"], "cuda"),
+    ],
+)
+def test_bad_input_is_an_error_that_shows_the_value(checkpoint, root, flags, message):
+    """Flags that contradict the checkpoint, are out of range, or ask for what is not there, are named."""
+    with pytest.raises(InputError, match=message):
+        evaluate("--pretrained_weights", checkpoint, "--data_path", root, *flags)
+
+
+def test_missing_checkpoint_labels_and_folders_are_errors(checkpoint, root, tmp_path, imagenet_sample):
+    """A wrong path, images without labels, and an output folder that cannot be made are errors before any work."""
+    with pytest.raises(InputError, match="does not exist"):
+        evaluate("--pretrained_weights", tmp_path / "no.pth", "--data_path", root, "--output_dir", tmp_path)
+    with pytest.raises(InputError, match="val"):
+        evaluate("--pretrained_weights", checkpoint, "--data_path", imagenet_sample)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="output_dir"):
+        evaluate("--pretrained_weights", checkpoint, "--data_path", root, "--output_dir", tmp_path / "file" / "x")
+
+
+def test_dino_scripts_find_their_functions(checkpoint, root, tmp_path):
+    """A script with DINO's namespace gets normalised features and labels; a loader of indices gives the same rows."""
+    args = argparse.Namespace(
+        data_path=str(root), pretrained_weights=str(checkpoint), checkpoint_key="teacher", batch_size_per_gpu=16,
+        num_workers=0, use_cuda=False, dump_features=None, arch="vit_small", patch_size=8,
+    )  # fmt: skip
+    train, test, train_labels, test_labels = eval_knn.extract_feature_pipeline(args)
+    assert train.shape == (96, 24)
+    assert torch.allclose(test.norm(dim=1), torch.ones(32), atol=1e-5)
+    assert eval_knn.knn_classifier(train, train_labels, test, test_labels, 10, 0.07)[0] > 25
+
+    def transform(image):
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(*image.size[::-1], 3)
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        return ((pixels / 255 - mean) / std).permute(2, 0, 1)
+
+    data = eval_knn.ReturnIndexDataset(root / "val", transform=transform)
+    assert torch.tensor([label for _, label in data.samples]).equal(test_labels)
+    model = eval_knn.load_checkpoint_model(checkpoint).model
+    loader = torch.utils.data.DataLoader(data, batch_size=8, sampler=[3, 1, 2, 0, *range(4, 32), 0])
+    again = torch.nn.functional.normalize(eval_knn.extract_features(model, loader, use_cuda=False), dim=1)
+    assert torch.allclose(again, test, atol=1e-5)

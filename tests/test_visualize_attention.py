@@ -1,0 +1,77 @@
+"""visualize_attention.py from the command line."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import visualize_attention
+from runtime.guards import InputError
+from tests.small_images import small_root, tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def root(cifar10, tmp_path_factory):
+    return small_root(cifar10, tmp_path_factory.mktemp("root"), train=1, val=3)
+
+
+def test_two_checkpoints_are_shown_side_by_side(root, tmp_path):
+    """Official beside SimPool: a grid, and for each image and model its pictures, heads of the official one included."""
+    one = tiny_checkpoint(tmp_path / "run" / "official.pth", mode="official")
+    two = tiny_checkpoint(tmp_path / "run" / "simpool.pth")
+    assert visualize_attention.main(["--pretrained_weights", str(one), str(two), "--data_path", str(root), "--threshold",
+                                     "0.6", "--num_images", "2", "--image_size", "64", "96"]) == 0  # fmt: skip
+    files = sorted(p.name for p in (tmp_path / "run" / "attention").iterdir())
+    assert "grid.png" in files
+    assert sum(name.endswith("-image.png") for name in files) == 2
+    assert sum("SimPool" in name for name in files) == 2 * 3
+    assert sum("CLS" in name for name in files) == 2 * (3 + 2)
+    single = next(name for name in files if name.endswith("overlay.png"))
+    assert np.asarray(Image.open(tmp_path / "run" / "attention" / single)).shape == (64, 96, 3)
+
+
+def test_a_folder_of_frames_becomes_a_video(root, tmp_path):
+    """--video writes one picture per frame, image beside overlay, and a GIF of all of them."""
+    checkpoint = tiny_checkpoint(tmp_path / "simpool.pth")
+    assert visualize_attention.main(["--pretrained_weights", str(checkpoint), "--image_path", str(root / "val"),
+                                     "--video", "--output_dir", str(tmp_path / "out")]) == 0  # fmt: skip
+    frames = sorted((tmp_path / "out" / "video").iterdir())
+    assert len(frames) == 12
+    assert np.asarray(Image.open(frames[0])).shape == (32, 64, 3)
+    with Image.open(tmp_path / "out" / "video.gif") as film:
+        assert film.n_frames == 12
+
+
+def test_images_of_a_labelled_set_come_from_different_classes(root):
+    """The first images of a labelled set are taken class by class in turn."""
+    source = visualize_attention.open_images(root, "val")
+    assert source.labels[visualize_attention.spread(source, 4)].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--image_size", "33"], "33 33.*32 32"),
+        (["--threshold", "1.5"], "1.5"),
+        (["--titles", "a", "b"], "2 names for 1"),
+        (["--num_images", "0"], "num_images 0"),
+        (["--image_path", "/nowhere.jpg"], "either --image_path"),
+    ],
+)
+def test_bad_input_is_an_error_that_shows_the_value(root, tmp_path, flags, message):
+    """Sizes that no patch divides, thresholds out of range and flags that contradict each other are named."""
+    checkpoint = tiny_checkpoint(tmp_path / "simpool.pth")
+    with pytest.raises(InputError, match=message):
+        visualize_attention.main(["--pretrained_weights", str(checkpoint), "--data_path", str(root), *flags])
+
+
+def test_missing_images_and_models_without_attention_are_errors(tmp_path, imagenet_sample):
+    """A file that is not there is named; a network pooled by averaging is an error that names SimPool."""
+    checkpoint = tiny_checkpoint(tmp_path / "simpool.pth")
+    with pytest.raises(InputError, match=r"nowhere\.jpg"):
+        visualize_attention.main(["--pretrained_weights", str(checkpoint), "--image_path", "/nowhere.jpg"])
+    photo = str(sorted(imagenet_sample.iterdir())[0])
+    with pytest.raises(InputError, match=r"(?i)simpool"):
+        visualize_attention.main(["--arch", "resnet18", "--gamma", "2.0", "--img_size", "32", "--image_path", photo,
+                                  "--output_dir", str(tmp_path)])  # fmt: skip
