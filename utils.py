@@ -287,9 +287,8 @@ def load_checkpoint_model(
 
 def build(config: Mapping[str, Any]) -> nn.Module:
     """A backbone from MODEL_KEYS and POLICY_KEYS; what is absent takes the builder's default."""
-    names = {key: config[key] for key in (*MODEL_KEYS, *POLICY_KEYS) if config.get(key) is not None or key == "gamma"}
-    if "gamma" in names and "gamma" not in config:
-        names.pop("gamma")
+    known = {key: config[key] for key in (*MODEL_KEYS, *POLICY_KEYS) if key in config}
+    names = {key: value for key, value in known.items() if value is not None or key == "gamma"}
     try:
         return backbones.build_backbone(**names)
     except ValueError as error:

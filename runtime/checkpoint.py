@@ -161,14 +161,14 @@ def verify(path: str | Path) -> None:
         size = file.seek(0, os.SEEK_END)
         if size == 0:
             raise InputError(f"{path} is empty; it was cut off while being written or copied")
-        if start != b"PK\x03\x04":
-            return
         if size > _COMMENT_SIZE:
             file.seek(-_COMMENT_SIZE, os.SEEK_END)
             comment = file.read(_COMMENT_SIZE)
             if comment.startswith(_COMMENT):
                 _verify_digest(file, size - _COMMENT_SIZE, comment[len(_COMMENT) :].decode(errors="replace"), path)
                 return
+    if start != b"PK\x03\x04":
+        return
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -234,10 +234,10 @@ def _refusal(path: Path, error: Exception) -> str:
 
 def globals_named_in(path: Path) -> list[str]:
     """The importable names that a pickle asks for, found by reading its opcodes, never by running them."""
-    if zipfile.is_zipfile(path):
+    try:
         with zipfile.ZipFile(path) as archive:
             streams = [archive.read(name) for name in archive.namelist() if name.endswith(".pkl")]
-    else:
+    except zipfile.BadZipFile:
         streams = [path.read_bytes()]
     return [name for stream in streams for name in _globals_of_stream(stream)]
 

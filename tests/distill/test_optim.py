@@ -1,0 +1,112 @@
+"""Optimisers, clipping, groups and schedules against the published numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from distill import optim
+from tests.reference import assert_close, fill_, golden, tensor
+
+
+def test_lars_four_steps():
+    """Four LARS steps equal the published code's."""
+    g = golden("lars")
+    model = fill_(nn.Linear(8, 6))
+    groups = optim.get_params_groups(model)
+    groups[0]["weight_decay"] = g["weight_decay"]
+    lars = optim.LARS(groups, lr=g["lr"])
+    for i, row in enumerate(g["steps"]):
+        lars.zero_grad()
+        model(tensor(7 + i, (5, 8))).pow(2).sum().backward()
+        lars.step()
+        assert_close(model.weight.detach(), row["weight"], 2e-5, f"weight after step {i}")
+        assert_close(model.bias.detach(), row["bias"], 2e-5, f"bias after step {i}")
+
+
+def test_cosine_schedules():
+    """Both golden schedules hold."""
+    np.testing.assert_allclose(optim.cosine_scheduler(0.5, 0.01, 10, 7, 3), golden("cosine")["a"].numpy(), rtol=2e-6)
+    np.testing.assert_allclose(optim.cosine_scheduler(0.996, 1, 5, 11), golden("cosine")["b"].numpy(), rtol=2e-6)
+
+
+def test_a_warmup_longer_than_training_is_cut():
+    """The schedule always has epochs x steps entries."""
+    assert len(optim.cosine_scheduler(1.0, 0.0, 2, 5, warmup_epochs=10)) == 10
+
+
+def test_clipping():
+    """Norms before and gradients after clipping equal the published code's."""
+    g = golden("clip")
+    model = fill_(nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 4)))
+    (model(tensor(8, (32, 16))) * 30).pow(2).sum().backward()
+    norms = optim.clip_gradients(model, g["clip"])
+    assert_close(torch.tensor(norms), g["norms"].float(), 1e-4)
+    for p, expected in zip(model.parameters(), g["grads"], strict=True):
+        assert_close(p.grad, expected, 1e-4)
+
+
+def test_no_clipping_changes_nothing():
+    """Clip 0 still reports the norms and leaves the gradients bit for bit."""
+    gradient = tensor(1, (4, 4)) * 100
+    before = gradient.clone()
+    assert optim.clip_each_([gradient], 0).item() == pytest.approx(before.norm().item())
+    assert torch.equal(gradient, before)
+
+
+def test_groups():
+    """Biases and 1-D parameters get no weight decay; everything else does; frozen ones are left out."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model[0].weight.requires_grad_(False)
+    model.register_parameter("pos_embed", nn.Parameter(torch.zeros(1, 2, 3)))
+    regularised, rest = optim.get_params_groups(model)
+    assert [p.shape for p in regularised["params"]] == [(1, 2, 3)]
+    assert len(rest["params"]) == 3
+    assert rest["weight_decay"] == 0.0
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_a_refused_step_changes_nothing(name):
+    """With found_inf set, parameters and state stay bit for bit, whatever the gradients; the next step is the usual."""
+    model, twin = fill_(nn.Linear(8, 6)), fill_(nn.Linear(8, 6))
+    runs = [(m, optim.build_optimizer(name, optim.get_params_groups(m))) for m in (model, twin)]
+    for _, optimizer in runs:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1
+
+    def step(m, optimizer, seed, bad):
+        optimizer.zero_grad()
+        m(tensor(seed, (5, 8))).pow(2).sum().backward()
+        if bad:
+            for p in m.parameters():
+                p.grad.fill_(float("nan"))
+        optimizer.found_inf = torch.tensor(float(bad))
+        optimizer.step()
+
+    for m, optimizer in runs:
+        step(m, optimizer, 1, bad=False)
+    before = model.weight.detach().clone()
+    step(*runs[0], 2, bad=True)
+    assert torch.equal(model.weight, before)
+    for m, optimizer in runs:
+        step(m, optimizer, 3, bad=False)
+    assert torch.equal(model.weight, twin.weight)
+    assert not torch.equal(model.weight, before)
+
+
+def test_last_layer_freeze():
+    """Gradients of the last layer are dropped in the frozen epochs only."""
+    model = nn.ModuleDict({"last_layer": nn.Linear(2, 2), "mlp": nn.Linear(2, 2)})
+    for epoch, frozen in ((0, True), (1, False)):
+        model["mlp"](model["last_layer"](torch.ones(1, 2))).sum().backward()
+        optim.cancel_gradients_last_layer(epoch, model, 1)
+        assert (model["last_layer"].weight.grad is None) == frozen
+        assert model["mlp"].weight.grad is not None
+
+
+def test_unknown_optimizer():
+    """The error names the value and the choices."""
+    with pytest.raises(ValueError, match=r"'adam'.*adamw, sgd, lars"):
+        optim.build_optimizer("adam", [])

@@ -1,0 +1,41 @@
+"""Recipes are the published ones."""
+
+from __future__ import annotations
+
+import pytest
+
+from distill.recipes import RECIPES, family, recipe_defaults, recipe_name
+
+
+@pytest.mark.parametrize(
+    ("arch", "expected"),
+    [
+        ("vit_small", "vit"), ("deit_small", "vit"), ("resnet50", "resnet"), ("convnext_small", "convnext"),
+        ("swin_tiny_patch4_window7_224", "vit"), ("regnety_016", "resnet"), ("convnextv2_tiny", "convnext"),
+    ],
+)  # fmt: skip
+def test_family(arch, expected):
+    """An architecture's family is read off its name."""
+    assert family(arch) == expected
+
+
+def test_published_values():
+    """Spot checks against the published table: batch, learning rate, temperature warm-up, crops, clipping."""
+    vit, resnet, convnext = (recipe_defaults(a) for a in ("vit_small", "resnet50", "convnext_small"))
+    assert [r["batch_size_per_gpu"] for r in (vit, resnet, convnext)] == [100, 90, 60]
+    assert [r["optimizer"] for r in (vit, resnet, convnext)] == ["adamw", "lars", "adamw"]
+    assert [r["out_dim"] for r in (vit, resnet, convnext)] == [65536, 60000, 65536]
+    assert [r["norm_last_layer"] for r in (vit, resnet, convnext)] == [False, True, True]
+    assert [r["clip_grad"] for r in (vit, resnet, convnext)] == [0, 0, 0.3]
+    assert recipe_defaults("vit_small", "dino")["local_crops_number"] == 8
+
+
+def test_all_recipes_set_the_same_flags():
+    """No recipe leaves a flag of another open."""
+    assert len({frozenset(values) for values in RECIPES.values()}) == 1
+
+
+def test_unknown_recipe():
+    """The error lists the recipes."""
+    with pytest.raises(ValueError, match="simpool_vit"):
+        recipe_name("vit_small", "best")

@@ -1,0 +1,129 @@
+"""Every launcher's variables become a rank, a world and a meeting point."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from runtime import distributed
+from runtime.distributed import choose_device, first_host, launch_environment
+from runtime.guards import InputError
+
+SLURM = {
+    "SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "1234",
+    "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "gpu[03-04]",
+}  # fmt: skip
+
+
+def test_torchrun():
+    """torchrun's variables, with its own meeting point."""
+    env = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "5"}
+    launch = launch_environment(env)
+    assert (launch.rank, launch.world_size, launch.local_rank) == (3, 4, 1)
+    assert (launch.address, launch.port, launch.launcher) == ("a", 5, "torchrun")
+
+
+def test_slurm():
+    """srun's variables; the first host, and a port that is the job's own."""
+    launch = launch_environment(SLURM)
+    assert (launch.rank, launch.world_size, launch.local_rank, launch.launcher) == (5, 8, 1, "slurm")
+    assert launch.address == "gpu03"
+    assert 20000 <= launch.port < 60000
+    assert launch_environment({**SLURM, "SLURM_JOB_ID": "1235"}).port != launch.port
+    assert launch_environment({**SLURM, "SLURM_PROCID": "0"}).port == launch.port
+
+
+def test_torchrun_inside_slurm():
+    """torchrun started by srun, one task a node: torchrun's variables count."""
+    env = {**SLURM, "RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "x"}
+    assert launch_environment(env).world_size == 16
+
+
+def test_sbatch_without_srun_is_one_process():
+    """Python called in a batch script, without srun, does not wait for tasks that nobody started."""
+    env = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "1", "SLURM_LOCALID": "0"}
+    assert launch_environment(env).world_size == 1
+
+
+def test_openmpi():
+    """mpirun's variables; several nodes need MASTER_ADDR."""
+    env = {
+        "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    }  # fmt: skip
+    launch = launch_environment(env)
+    assert (launch.rank, launch.world_size, launch.address) == (1, 2, "127.0.0.1")
+    with pytest.raises(InputError, match="MASTER_ADDR"):
+        launch_environment({**env, "OMPI_COMM_WORLD_LOCAL_SIZE": "1"})
+
+
+def test_nothing():
+    """Without a launcher: one process."""
+    assert launch_environment({}) == distributed.Launch(0, 1, 0, "none")
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"RANK": "0"}, "WORLD_SIZE"),
+        ({"RANK": "4", "WORLD_SIZE": "4"}, "rank 4 is outside"),
+        ({"RANK": "zero", "WORLD_SIZE": "4"}, "RANK='zero'"),
+        ({**SLURM, "RANK": "0", "WORLD_SIZE": "4"}, "two launchers disagree"),
+    ],
+)
+def test_wrong_combinations(env, message):
+    """Incomplete or contradicting variables are named."""
+    with pytest.raises(InputError, match=message):
+        launch_environment(env)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("gpu[03-05,9],login", "gpu03"), ("a,b", "a"), ("n1", "n1"), ("n[7,9]-ib", "n7-ib"), ("", "127.0.0.1")],
+)
+def test_first_host(nodes, first):
+    """The first host of a SLURM list."""
+    assert first_host(nodes) == first
+
+
+def test_devices():
+    """auto finds one; what is not there, or unknown, is named."""
+    assert isinstance(choose_device("auto"), torch.device)
+    assert choose_device("cpu").type == "cpu"
+    with pytest.raises(InputError, match="gpu"):
+        choose_device("gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="cuda"):
+            choose_device("cuda")
+    else:
+        with pytest.raises(InputError, match="GPU index 99"):
+            choose_device("cuda:99")
+
+
+def test_a_group_of_one():
+    """Without a launcher there is a process group of one, so that code calling torch.distributed works."""
+    args = argparse.Namespace(device="cpu")
+    distributed.init_distributed_mode(args)
+    try:
+        assert (args.rank, args.world_size, args.gpu, args.distributed) == (0, 1, 0, False)
+        dist.barrier()
+        assert distributed.on_main_process(lambda: 5) == 5
+        with pytest.raises(InputError, match="no"):
+            distributed.on_main_process(refuse)
+    finally:
+        distributed.leave()
+    assert distributed.get_world_size() == 1
+
+
+def refuse():
+    raise InputError("no")
+
+
+def test_nccl_needs_cuda():
+    """A backend that the device cannot use is refused before anything waits."""
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="nccl needs CUDA"):
+            distributed.init_distributed_mode(argparse.Namespace(device="cpu", backend="nccl"))

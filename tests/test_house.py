@@ -1,0 +1,132 @@
+"""The house rules: who may import whom."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LEVELS = {
+    "sp": 0, "runtime": 0,
+    "distill": 1, "data": 1,
+    "vision_transformer": 2, "resnet_simpool": 2, "convnext_simpool": 2,
+    "backbones": 3, "evaluation": 3,
+    "utils": 4,
+    "main_dino": 5, "eval_knn": 5, "eval_linear": 5, "visualize_attention": 5, "hubconf": 5, "tools": 5,
+    "benchmarks": 5, "run_scripts": 5,
+}  # fmt: skip
+MODELS = ("vision_transformer", "resnet_simpool", "convnext_simpool")
+BACKBONE_FILES = ("sp", *MODELS, "backbones", "distill.heads", "hubconf")
+PROGRAMS = ("main_dino", "eval_knn", "eval_linear", "visualize_attention", "hubconf")
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name -> file, of everything that is ours and no test."""
+    files = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] not in ("tests", ".venv", "build")]
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of every import in a file, those inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}:{node.lineno}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def ours(name: str, known: dict[str, Path]) -> str | None:
+    """The module of ours that an imported name means, if any."""
+    while name:
+        if name in known:
+            return name
+        name = name.rpartition(".")[0]
+    return None
+
+
+GRAPH = {
+    name: {target for n in imports(path) if (target := ours(n, modules())) and target != name}
+    for name, path in modules().items()
+}
+
+
+@pytest.mark.parametrize("name", sorted(GRAPH))
+def test_a_file_imports_lower_levels_or_its_own_room(name):
+    """No file imports a higher level, another room of its level, or a program."""
+    room = name.split(".")[0]
+    for target in GRAPH[name]:
+        other = target.split(".")[0]
+        program_for_tools = room in ("benchmarks", "run_scripts") and other in PROGRAMS
+        assert other not in PROGRAMS or program_for_tools, f"{name} imports the program {target}"
+        together = room == other or {room, other} <= set(MODELS)  # one room, though at the top level
+        assert together or LEVELS[other] < LEVELS[room] or program_for_tools, f"{name} must not import {target}"
+
+
+def test_no_circles():
+    """The imports, those inside functions included, form no circle."""
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join((*path, name))
+        if name not in done:
+            for target in GRAPH[name]:
+                visit(target, (*path, name))
+            done.add(name)
+
+    for name in GRAPH:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("name", BACKBONE_FILES)
+def test_backbones_keep_to_themselves(name):
+    """SimPool and the backbones reach for nothing but torch, timm, each other and the head."""
+    for target in GRAPH[name]:
+        assert target in (*BACKBONE_FILES, "distill"), f"{name} imports {target}"
+
+
+def test_sp_is_one_file():
+    """sp.py needs nothing but torch and the standard library."""
+    import sys
+
+    roots = {name.split(".")[0] for name in imports(ROOT / "sp.py")}
+    assert roots <= {"torch", *sys.stdlib_module_names}
+
+
+@pytest.mark.parametrize("package", ["distill", "data", "runtime", "evaluation", "tools", "benchmarks"])
+def test_package_init_files_are_empty(package):
+    """Importing a package runs nothing."""
+    assert (ROOT / package / "__init__.py").read_text() == ""
+
+
+def test_heavy_imports_wait():
+    """No import at a file's top level pulls in torchvision, timm, matplotlib, scikit-image or scikit-learn."""
+    for name, path in modules().items():
+        if name.split(".")[0] in ("benchmarks", "run_scripts"):
+            continue
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                text = ast.unparse(node)
+                assert not re.search(r"\b(torchvision|timm|matplotlib|skimage|sklearn)\b", text), f"{name}: {text}"
+
+
+def test_what_is_imported_is_required():
+    """Every package that the programs import stands in requirements.txt."""
+    import sys
+
+    distribution = {"PIL": "pillow", "yaml": "pyyaml", "skimage": "scikit-image", "sklearn": "scikit-learn"}
+    required = {
+        re.split(r"[><=]", line)[0].strip().lower() for line in (ROOT / "requirements.txt").read_text().splitlines()
+    }
+    optional = {"submitit"}
+    known = set(GRAPH) | {name.split(".")[0] for name in GRAPH}
+    for name, path in modules().items():
+        for target in imports(path):
+            root = target.split(".")[0]
+            if root not in sys.stdlib_module_names and root not in known | optional:
+                assert distribution.get(root, root).lower() in required, f"{name} imports {root}"
