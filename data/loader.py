@@ -7,7 +7,9 @@ pairs alone.
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -285,7 +287,20 @@ def _as_it_is(batch):
 
 
 def _start_worker(_worker: int) -> None:
-    """Leave signals to the training process: it finishes its step and saves, and needs its workers until then."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+    """Leave signals to the training process: it finishes its step and saves, and needs its workers until then.
+
+    SIGTERM is obeyed from the training process alone, which ends its workers so; a scheduler's goes to all processes
+    of a job. Where the system does not tell who sent it (macOS), SIGTERM keeps its usual meaning.
+    """
+    for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _obey_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
