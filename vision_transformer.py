@@ -100,8 +100,8 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax attention over (B, heads, T, d): the result, and the attention (B, heads, T, T) or None.
 
-    The one place that chooses the kernel. With an accelerator torch's fused one. On CPU the explicit softmax: forward
-    and backward it is as fast in float32 and 1.5 to 6 times as fast in bfloat16; only for long sequences without
+    The one place that chooses the kernel. With an accelerator torch's fused one. On CPU the explicit softmax: with
+    gradients it is as fast in float32 at crop sizes and 1.5 to 6 times as fast in bfloat16; for long sequences without
     gradients the fused one is faster there, and leaner. Explicit wherever the attention itself is wanted.
     """
     long_inference = query.shape[-2] >= CPU_FUSED_FROM and not torch.is_grad_enabled()
