@@ -26,8 +26,9 @@ def tiny_checkpoint(path: Path, mode: str = "simpool", seed: int = 0, epoch: int
     """A checkpoint in our format with a 3-block ViT of width 24 for 32-pixel images."""
     torch.manual_seed(seed)
     config = {
-        "arch": "vit_small", "mode": mode, "gamma": 1.25 if mode == "simpool" else None, "patch_size": 8, "img_size": 32,
-        "in_chans": 3, "embed_dim": 24, "depth": 3, "num_heads": 2, "pos_embed_policy": "exact", "value_min": "image",
+        "arch": "vit_small", "mode": mode, "gamma": 1.25 if mode == "simpool" else None, "patch_size": 8,
+        "img_size": 32, "in_chans": 3, "embed_dim": 24, "depth": 3, "num_heads": 2, "pos_embed_policy": "exact",
+        "value_min": "image",
     }  # fmt: skip
     model = backbones.build_backbone(**config)
     teacher = {f"backbone.{name}": value for name, value in model.state_dict().items()}

@@ -50,7 +50,7 @@ def run_ranks(program: str, *flags, world: int = 2) -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-        )  # fmt: skip
+        )
         for rank in range(world)
     ]
     for rank in ranks:

@@ -60,7 +60,7 @@ def test_a_head_does_not_depend_on_its_neighbours(checkpoint, root, tmp_path):
 
 
 def test_an_interrupted_probe_ends_as_if_it_had_not_been(checkpoint, root, tmp_path, monkeypatch):
-    """Killed after its first epoch and started again, a run ends with the heads of the uninterrupted one, bit for bit."""
+    """Killed after its first epoch and started again, a run ends with the uninterrupted one's heads, bit for bit."""
     flags = ("--pretrained_weights", checkpoint, "--data_path", root, "--lr", 0.1, 1, "--epochs", 3)
     probe(*flags, "--output_dir", tmp_path / "whole")
     train_epoch = eval_linear.train_epoch
@@ -102,7 +102,7 @@ def test_a_saved_head_is_evaluated_with_its_checkpoint_only(checkpoint, root, tm
 
 
 def test_a_published_head_is_read(checkpoint, root, tmp_path):
-    """{"state_dict": {module.linear.weight, module.linear.bias}} is validated, with outputs beyond the classes allowed."""
+    """A head under the published names is validated, and may have more outputs than there are classes."""
     state = {"module.linear.weight": torch.zeros(10, 24), "module.linear.bias": torch.arange(10.0).flip(0)}
     torch.save({"epoch": 1, "state_dict": state, "best_acc": 1.0}, tmp_path / "published.pth.tar")
     probe("--pretrained_weights", checkpoint, "--data_path", root, "--output_dir", tmp_path, "--evaluate",

@@ -17,11 +17,11 @@ def root(cifar10, tmp_path_factory):
 
 
 def test_two_checkpoints_are_shown_side_by_side(root, tmp_path):
-    """Official beside SimPool: a grid, and for each image and model its pictures, heads of the official one included."""
+    """Official beside SimPool gives a grid and, for each image and model, pictures, every [CLS] head included."""
     one = tiny_checkpoint(tmp_path / "run" / "official.pth", mode="official")
     two = tiny_checkpoint(tmp_path / "run" / "simpool.pth")
-    assert visualize_attention.main(["--pretrained_weights", str(one), str(two), "--data_path", str(root), "--threshold",
-                                     "0.6", "--num_images", "2", "--image_size", "64", "96"]) == 0  # fmt: skip
+    flags = ["--threshold", "0.6", "--num_images", "2", "--image_size", "64", "96", "--data_path", str(root)]
+    assert visualize_attention.main(["--pretrained_weights", str(one), str(two), *flags]) == 0
     files = sorted(p.name for p in (tmp_path / "run" / "attention").iterdir())
     assert "grid.png" in files
     assert sum(name.endswith("-image.png") for name in files) == 2

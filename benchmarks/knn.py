@@ -1,0 +1,122 @@
+"""Weighted k-NN beside the published algorithm: time, agreement and memory.
+
+    python -m benchmarks.knn                 50k x 10k x 384, 1000 classes: two and four values of k
+    python -m benchmarks.knn --large         a tenth of 1.28M x 50k x 2048, and what the whole needs
+
+The published algorithm takes one k at a time, the queries in a hundred chunks, and sums votes over a one-hot array of
+(queries, k, classes); it is written here plainly from its description. Both sides multiply in float32 proper: whether
+the faster library setting is that exact depends on the processor (see evaluation/knn.py), and the line says which ran.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.measure import peak_bytes, timed_in_turn
+from evaluation import knn
+
+T = 0.07
+
+
+def published(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, k: int, classes: int) -> tuple:
+    """One k of the published algorithm: (top-1, top-5) in percent."""
+    rows = len(test) // 100
+    top1 = top5 = 0.0
+    one_hot = torch.zeros(k, classes)
+    for start in range(0, len(test), rows):
+        features, targets = test[start : start + rows], test_labels[start : start + rows]
+        count = len(targets)
+        similarity, index = (features @ train.T).topk(k, largest=True, sorted=True)
+        neighbours = train_labels.expand(count, -1).gather(1, index)
+        one_hot.resize_(count * k, classes).zero_()
+        one_hot.scatter_(1, neighbours.view(-1, 1), 1)
+        weights = (similarity / T).exp()
+        scores = (one_hot.view(count, k, classes) * weights.view(count, k, 1)).sum(1)
+        correct = scores.sort(1, descending=True).indices.eq(targets.view(-1, 1))
+        top1 += correct[:, :1].sum().item()
+        top5 += correct[:, : min(5, k)].sum().item()
+    return 100 * top1 / len(test), 100 * top5 / len(test)
+
+
+def features(n: int, q: int, width: int, classes: int, dtype: torch.dtype = torch.float32) -> tuple:
+    """Clustered unit vectors and their labels: training images, then queries."""
+    generator = torch.Generator().manual_seed(0)
+    prototypes = torch.randn(classes, width, generator=generator)
+
+    def draw(count: int) -> tuple[Tensor, Tensor]:
+        labels = torch.randint(0, classes, (count,), generator=generator)
+        rows = torch.empty(count, width, dtype=dtype)
+        for start in range(0, count, 65536):
+            block = prototypes[labels[start : start + 65536]]
+            block = block + 4 * torch.randn(block.shape, generator=generator)
+            rows[start : start + 65536] = F.normalize(block, dim=1)
+        return rows, labels
+
+    return *draw(n), *draw(q)
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Both sides in turn, for two and for four values of k."""
+    data = features(args.images, args.queries, args.width, args.classes)
+    print(f"{args.images} x {args.queries} x {args.width}, {args.classes} classes, {torch.get_num_threads()} threads")
+    precision = knn._fastest_exact_precision("cpu")
+    print(f"float32 products exact to rounding (setting {precision!r} on this processor)")
+    for ks in ([20, 200], [10, 20, 100, 200]):
+        ours = knn.knn_classifier(*data, ks, T)
+        theirs = {k: published(*data, k, args.classes) for k in ks}
+        differ = max(abs(a - b) for k in ks for a, b in zip(ours[k], theirs[k], strict=True))
+        seconds = timed_in_turn(
+            {
+                "published": lambda ks=ks: [published(*data, k, args.classes) for k in ks],
+                "ours": lambda ks=ks: knn.knn_classifier(*data, ks, T),
+            },
+            args.rounds,
+        )
+        ratio = seconds["published"] / seconds["ours"]
+        print(
+            f"k = {ks}: published {seconds['published']:.2f} s, ours {seconds['ours']:.2f} s, ratio {ratio:.1f}x; "
+            f"largest difference of an accuracy {differ:.4f} points"
+        )
+
+
+def large(args: argparse.Namespace) -> None:
+    """Memory at `1 / args.part` of ImageNet with a ResNet-50's width, features stored in fp16; the whole by count."""
+    n, q, width, k, part = 1_281_167, 50_000, 2048, 200, args.part
+    data = features(n // part, q // part, width, 1000, torch.float16)
+    began = time.perf_counter()
+    peak = peak_bytes(lambda: knn.knn_classifier(*data, [10, 20, 100, k], T), torch.device("cpu"))
+    seconds = time.perf_counter() - began
+    stored = sum(tensor.nbytes for tensor in data)
+    print(f"{n // part} x {q // part} x {width} in fp16: stored {stored / 2**30:.2f} GiB, ", end="")
+    print(f"k-NN's own memory {peak / 2**30:.2f} GiB, {seconds:.1f} s")
+    neighbours = q * k * (4 + 8)  # similarity and label, kept for all queries; everything else is bounded by chunks
+    whole = (n + q) * width * 2 + (n + q) * 8
+    own = peak - neighbours // part + neighbours
+    total = (whole + own) / 2**30
+    print(
+        f"{n} x {q} x {width} by count: stored {whole / 2**30:.2f} GiB, k-NN's own memory {own / 2**30:.2f} GiB, "
+        f"together {total:.1f} GiB; about {seconds * part**2 / 60:.0f} min on this machine"
+    )
+
+
+def main() -> None:
+    """Parse the arguments and run."""
+    parser = argparse.ArgumentParser("benchmarks.knn", description=__doc__.split("\n")[0])
+    parser.add_argument("--images", type=int, default=50_000)
+    parser.add_argument("--queries", type=int, default=10_000)
+    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--classes", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--large", action="store_true", help="memory at a part of ImageNet x 2048")
+    parser.add_argument("--part", type=int, default=10, help="of --large: one part in this many, of both sets")
+    args = parser.parse_args()
+    large(args) if args.large else compare(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Is self-distillation collapsing? Numbers that tell, and a plain warning.
+
+Collapse comes in two forms (Caron et al. 2021, section 5.3): the teacher's output is uniform whatever the image, and
+its entropy reaches log K, or one prototype takes every image, and the entropy is 0. Either way features stop depending
+on the image: their cosine between different images tends to 1, and their effective rank to 1. The loss alone
+does not tell: it falls in the second form, and rests at log K in the first.
+
+The features are those of one fixed probe batch, the same images all through the run, so that values can be compared.
+
+Letters: B images of the probe batch, D width, K prototypes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data.datasets import ImageSource
+from data.loader import build_eval_loader, normalize
+from evaluation.features import eval_mode, eval_resize
+
+PROBE_IMAGES = 64
+UNIFORM, ONE_SIDED = 0.999, 0.01  # entropy as a part of log K
+SAME_FEATURES = 0.99  # mean cosine between different images
+FEW_DIRECTIONS = 1.5  # effective rank
+
+
+def teacher_entropy(logits: Tensor, center: Tensor, temperature: float) -> float:
+    """Mean entropy of softmax((logits - center) / temperature) over rows, as a part of log K: 1 uniform, 0 one-hot."""
+    log_q = F.log_softmax((logits.float() - center.float()) / temperature, dim=-1)
+    return (-(log_q.exp() * log_q).sum(-1).mean() / math.log(logits.shape[-1])).item()
+
+
+def mean_cosine(features: Tensor) -> float:
+    """Mean cosine between the features (B, D) of different images; B of 2 or more."""
+    total = F.normalize(features.float(), dim=1).sum(0).square().sum().item()
+    count = len(features)
+    return (total - count) / (count * (count - 1))
+
+
+def effective_rank(features: Tensor) -> float:
+    """exp of the entropy of the normalised singular values of centred features (B, D): directions really used.
+
+    Roy and Vetterli, "The effective rank" (2007). Between 1 and min(B - 1, D); 1 where all features are equal.
+    """
+    centred = features.double() - features.double().mean(0)
+    values = torch.linalg.svdvals(centred.cpu())
+    if values.sum() <= 1e-9 * features.double().norm().cpu():
+        return 1.0
+    share = values / values.sum()
+    return (-(share * share.clamp_min(1e-300).log()).sum()).exp().item()
+
+
+def probe_batch(source: ImageSource, img_size: int, count: int = PROBE_IMAGES) -> Tensor:
+    """The run's fixed probe: `count` images spread over the source, (B, C, S, S) uint8, the same at every call."""
+    indices = np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).astype(np.int64))
+    loader = build_eval_loader(source, len(indices), 0, img_size, eval_resize(img_size), indices)
+    return next(iter(loader))[0]
+
+
+@torch.no_grad()
+def monitor(teacher: nn.Module, images: Tensor, center: Tensor, temperature: float) -> dict[str, float]:
+    """The monitors of a teacher (with `.backbone` and `.head`) on a probe batch (B, C, S, S) uint8.
+
+    Keys: entropy (of log K), center_norm, mean_cosine, effective_rank.
+    """
+    device = next(teacher.parameters()).device
+    with eval_mode(teacher):
+        features = teacher.backbone(normalize(images.to(device)))
+        logits = teacher.head(features)
+    return {
+        "entropy": teacher_entropy(logits, center.to(device), temperature),
+        "center_norm": center.float().norm().item(),
+        "mean_cosine": mean_cosine(features),
+        "effective_rank": effective_rank(features),
+    }
+
+
+def collapse_warning(values: Mapping[str, float], out_dim: int) -> str | None:
+    """What the monitors say is wrong and what to try, or None. `values` as `monitor` gives them."""
+    signs, remedies = [], []
+    entropy = values.get("entropy")
+    if entropy is not None and not math.isfinite(entropy):
+        signs.append("the teacher's output is not finite")
+        remedies.append("lower --lr, --clip_grad 3.0, --amp bf16 in place of fp16")
+    elif entropy is not None and entropy > UNIFORM:
+        signs.append(f"the teacher's entropy is {entropy:.4f} of log {out_dim}: it says the same of every prototype")
+        remedies.append("a lower --teacher_temp, or a lower --warmup_teacher_temp with longer warm-up")
+    elif entropy is not None and entropy < ONE_SIDED:
+        signs.append(f"the teacher's entropy is {entropy:.4f} of log {out_dim}: one prototype takes all")
+        remedies.append("a higher --teacher_temp, --norm_last_layer true, a longer --freeze_last_layer")
+    if values.get("mean_cosine", 0.0) > SAME_FEATURES:
+        signs.append(f"features of different images have a mean cosine of {values['mean_cosine']:.4f}")
+    if values.get("effective_rank", math.inf) < FEW_DIRECTIONS:
+        signs.append(f"the features use {values['effective_rank']:.2f} directions")
+    if not signs:
+        return None
+    remedies = remedies or ["a lower --lr, a longer --warmup_epochs, a larger batch, a higher --momentum_teacher"]
+    return f"warning: signs of collapse: {'; '.join(signs)}. Try {'; '.join(remedies)}"

@@ -1,0 +1,74 @@
+"""Monitors: what they read on features and outputs whose state is known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from data.datasets import open_images
+from evaluation import monitors
+from tests.reference import tensor
+
+
+def test_entropy_is_one_for_uniform_and_zero_for_one_hot_outputs():
+    """Entropy in parts of log K is 1 for equal logits, 0 for a dominant one, and follows center and temperature."""
+    center = torch.zeros(1, 50)
+    assert monitors.teacher_entropy(torch.ones(4, 50), center, 0.04) == pytest.approx(1.0, abs=1e-5)
+    one_hot = 100 * torch.nn.functional.one_hot(torch.arange(4), 50)
+    assert monitors.teacher_entropy(one_hot, center, 0.04) == pytest.approx(0.0, abs=1e-6)
+    logits = tensor(1, (4, 50))
+    assert monitors.teacher_entropy(logits, logits[:1], 1.0) != monitors.teacher_entropy(logits, center, 1.0)
+    q = torch.softmax(logits / 0.5, 1)
+    expected = -(q * q.log()).sum(1).mean().item() / math.log(50)
+    assert monitors.teacher_entropy(logits, center, 0.5) == pytest.approx(expected, rel=1e-5)
+
+
+def test_mean_cosine_is_over_pairs_of_different_images():
+    """It equals the mean of the off-diagonal cosines, 1 for equal features."""
+    features = tensor(2, (7, 5))
+    cosines = torch.nn.functional.cosine_similarity(features[:, None], features[None], dim=2)
+    expected = (cosines.sum() - 7) / 42
+    assert monitors.mean_cosine(features) == pytest.approx(expected.item(), abs=1e-6)
+    assert monitors.mean_cosine(features[:1].repeat(7, 1)) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_effective_rank_counts_directions():
+    """r equal orthogonal directions give r; constant features give 1, whatever their offset."""
+    directions = torch.cat([torch.eye(10)[:4], -torch.eye(10)[:4]])
+    assert monitors.effective_rank(directions + 3) == pytest.approx(4.0, rel=1e-6)
+    assert monitors.effective_rank(torch.full((8, 10), 0.3)) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"entropy": 1.0}, "every prototype"),
+        ({"entropy": 0.0}, "one prototype"),
+        ({"entropy": math.nan}, "not finite"),
+        ({"mean_cosine": 0.999}, "mean cosine"),
+        ({"effective_rank": 1.0}, "directions"),
+    ],
+)
+def test_each_sign_of_collapse_is_named_with_a_remedy(change, words):
+    """Healthy values give no warning; each sign gives one that names it and a flag to try."""
+    healthy = {"entropy": 0.6, "center_norm": 3.0, "mean_cosine": 0.4, "effective_rank": 20.0}
+    assert monitors.collapse_warning(healthy, 1024) is None
+    message = monitors.collapse_warning(healthy | change, 1024)
+    assert words in message
+    assert "--" in message
+
+
+def test_the_probe_batch_is_fixed_and_the_model_keeps_its_mode():
+    """Two calls give the same images; monitoring changes neither a teacher's mode nor its buffers."""
+    source = open_images("demo", "train")
+    images = monitors.probe_batch(source, 32, 16)
+    assert torch.equal(images, monitors.probe_batch(source, 32, 16))
+    backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 8, 8), torch.nn.BatchNorm2d(8), torch.nn.Flatten())
+    teacher = torch.nn.ModuleDict({"backbone": backbone, "head": torch.nn.Linear(128, 64)}).train()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    values = monitors.monitor(teacher, images, torch.zeros(1, 64), 0.04)
+    assert set(values) == {"entropy", "center_norm", "mean_cosine", "effective_rank"}
+    assert teacher.training
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
