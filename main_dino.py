@@ -13,7 +13,6 @@ Shapes: B images per process and micro-batch, V = 2 + n student views, K prototy
 from __future__ import annotations
 
 import argparse
-import collections
 import contextlib
 import dataclasses
 import itertools
@@ -34,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 import backbones
 import utils
 from data.augment import ColourStage, CropSpec, DataAugmentationDINO
+from data.bad_images import BadImages
 from data.datasets import check_same_classes, open_images
 from data.loader import CropBatch, build_train_loader
 from data.sampler import TrainSampler
@@ -537,7 +537,7 @@ class Loop:
         self.results = LateReader(run.choice.device)
         self.bad_in_a_row = 0
         self.epoch, self.step = 0, 0  # the next step, counted from the start of the run, and the epoch it belongs to
-        self.recent: collections.deque[tuple[int, Tensor]] = collections.deque(maxlen=8)  # images of the last steps
+        self.bad_images = BadImages(train, args.max_bad_fraction)
 
     # ---- state
 
@@ -597,7 +597,7 @@ class Loop:
                 return False
             finished = self.step == (self.epoch + 1) * run.steps_per_epoch
             due = args.eval_every and ((self.epoch + 1) % args.eval_every == 0 or self.step == run.total_steps)
-            row = self.epoch_row()
+            row = self.epoch_row() | {"bad_images": self.bad_images.end_epoch()}
             if due and self.val is not None:
                 self.save(saver)  # an evaluation takes a while; a kill within it costs no training
                 row["k-NN"] = self.evaluate(board)
@@ -624,7 +624,6 @@ class Loop:
         bar = Progress(self.step_batches(last - first), last, f"epoch {self.epoch}", start=first, unit="step")
         for batches in bar:
             save = 0 < args.checkpoint_every_minutes * 60 <= time.monotonic() - self.saved_at
-            self.recent.append((self.step, torch.cat([batch.index for batch in batches])))
             self.results.push(self.step, train_step(run, batches, self.step, self.stop.requested, save))
             self.step += 1
             self.steps_here += 1
@@ -649,6 +648,8 @@ class Loop:
             begin = time.monotonic()
             group = [batch.to(device, non_blocking=True) for batch in itertools.islice(batches, self.run.accum)]
             self.waited_s += time.monotonic() - begin
+            for batch in group:
+                self.bad_images.see(batch)
             yield group
 
     # ---- what is read, logged and evaluated
