@@ -1,0 +1,88 @@
+"""Memory that loader workers take for a list of a million files, Python lists against flat arrays.
+
+    python -m benchmarks.file_list_memory [--entries 1280000] [--workers 64]
+
+Workers are forked, as torch's are on Linux, and each reads every name in random order, as it does over many epochs: a
+list of strings is copied page by page as its reference counts change. Printed is the memory that all processes
+together hold (proportional set size), above an empty fork.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import numpy as np
+
+from data.source import PackedStrings
+from runtime.guards import run_program
+from runtime.log import say
+
+
+def names(entries: int) -> list[str]:
+    """Names as ImageNet's: 1,000 class folders."""
+    return [f"n{i // 1281 * 7919:08d}/n{i // 1281 * 7919:08d}_{i}.JPEG" for i in range(entries)]
+
+
+def own_memory() -> int:
+    """Bytes that this process holds, shared pages divided among those that share them."""
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/smaps_rollup holds no Pss line: this benchmark needs Linux")
+
+
+def total_memory(sequence, workers: int) -> int:
+    """Sum over this process and `workers` forked ones, after each has read all of `sequence`."""
+    order = np.random.default_rng(0).permutation(len(sequence)) if len(sequence) else np.arange(0)
+    children = []
+    for _ in range(workers):
+        to_parent, to_child = os.pipe(), os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            length = sum(len(sequence[int(i)]) for i in order)
+            os.write(to_parent[1], b"r" if length >= 0 else b"?")
+            os.read(to_child[0], 1)  # measure when every worker has read
+            os.write(to_parent[1], own_memory().to_bytes(8, "little"))
+            os.read(to_child[0], 1)  # and leave when every worker has measured
+            os._exit(0)
+        os.read(to_parent[0], 1)
+        children.append((pid, to_parent, to_child))
+    for _, _, to_child in children:
+        os.write(to_child[1], b"m")
+    total = own_memory() + sum(int.from_bytes(os.read(to_parent[0], 8), "little") for _, to_parent, _ in children)
+    for pid, to_parent, to_child in children:
+        os.write(to_child[1], b"x")
+        os.waitpid(pid, 0)
+        for end in (*to_parent, *to_child):
+            os.close(end)
+    return total
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("benchmarks.file_list_memory", add_help=False)
+    parser.add_argument("--entries", type=int, default=1_280_000, help="names in the list")
+    parser.add_argument("--workers", type=int, default=64, help="processes that read it")
+    parser.add_argument("--list_workers", type=int, default=4, help="processes for the Python list, scaled up after")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = argparse.ArgumentParser(parents=[get_args_parser()], description=__doc__.splitlines()[0]).parse_args(argv)
+    empty = total_memory([], args.workers)
+    packed = PackedStrings.pack(names(args.entries))
+    packed_bytes = total_memory(packed, args.workers) - empty
+    del packed
+    few = args.list_workers
+    empty = total_memory([], few)
+    list_bytes = (total_memory(names(args.entries), few) - empty) * (args.workers + 1) / (few + 1)
+    gib = 2**30
+    say(f"{args.entries:,} names, {args.workers} workers, GiB in all above empty workers:")
+    say(f"  list of strings  {list_bytes / gib:8.2f}   (measured with {few})")
+    say(f"  flat arrays      {packed_bytes / gib:8.2f}   {list_bytes / packed_bytes:.0f}x less")
+    return 0
+
+
+if __name__ == "__main__":
+    run_program(main)
