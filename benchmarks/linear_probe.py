@@ -46,11 +46,18 @@ def main() -> None:
         for count in args.heads
     }
     seconds = timed_in_turn({str(n): lambda p=probe: step(p) for n, probe in probes.items()}, args.rounds)
+    with torch.no_grad():
+        features = probe_features(model, normalize(images.to(device)), forms)
+    alone = timed_in_turn({str(n): lambda p=p: p.step(features, target, 1.0) for n, p in probes.items()}, args.rounds)
     print(f"{args.arch} {args.mode}, batch {args.batch}, {args.classes} classes, {device}")
     first = seconds[str(args.heads[0])]
     for count in args.heads:
         ms = 1000 * seconds[str(count)] / args.batch
-        print(f"{count:3d} head(s): {ms:7.2f} ms per image, {seconds[str(count)] / first:.3f}x of {args.heads[0]}")
+        heads = 1000 * alone[str(count)] / args.batch
+        print(
+            f"{count:3d} head(s): {ms:7.2f} ms per image, {seconds[str(count)] / first:.3f}x of {args.heads[0]}; "
+            f"the heads' part {heads:.3f} ms"
+        )
 
 
 if __name__ == "__main__":
