@@ -35,7 +35,7 @@ import utils
 from data.augment import ColourStage, CropSpec, DataAugmentationDINO
 from data.bad_images import BadImages
 from data.datasets import check_same_classes, open_images
-from data.loader import CropBatch, build_train_loader
+from data.loader import CropBatch, TrainSet, ahead_on_device, build_train_loader
 from data.sampler import TrainSampler
 from data.source import ImageSource
 from distill import optim, recipes
@@ -44,9 +44,9 @@ from distill.heads import DINOHead
 from distill.losses import DINOLoss
 from distill.multicrop import MultiCropWrapper
 from distill.teacher import ParameterAverage
-from evaluation import knn
+from evaluation import knn, monitors
 from runtime import hardware
-from runtime.checkpoint import plain, read_checkpoint, write_json_atomic
+from runtime.checkpoint import plain, read_checkpoint, save_checkpoint, write_json_atomic
 from runtime.cli import (
     HelpFormatter,
     add_flag,
@@ -56,9 +56,18 @@ from runtime.cli import (
     given_flags,
     read_config,
 )
-from runtime.distributed import get_rank, get_world_size, init_distributed_mode, is_main_process, leave, on_main_process
+from runtime.distributed import (
+    all_gather_objects,
+    get_rank,
+    get_world_size,
+    init_distributed_mode,
+    is_main_process,
+    leave,
+    on_main_process,
+)
 from runtime.guards import (
     EXIT_DONE,
+    EXIT_NON_FINITE,
     EXIT_PREEMPTED,
     InputError,
     NonFiniteError,
@@ -78,10 +87,10 @@ __all__ = ["DINOLoss", "DataAugmentationDINO", "get_args_parser", "train_dino"]
 # the global batch is among them; the global batch itself is compared as `global_batch`.
 COSMETIC = {
     "allow_changed_args", "backend", "batch_size_per_gpu", "checkpoint_every_minutes", "checkpoint_every_steps",
-    "config", "data_path", "device", "dist_url", "dry_run", "eval_every", "global_batch_size", "grad_accum",
-    "init_from", "keep_checkpoints", "local_rank", "max_bad_fraction", "max_bad_steps", "max_failed_saves",
-    "max_steps", "nb_knn", "num_workers", "on_bad_image", "output_dir", "recipe", "requeue", "saveckp_freq",
-    "temperature", "timeout", "use_fp16",
+    "compile", "config", "data_path", "deterministic", "device", "dist_url", "dry_run", "eval_every",
+    "global_batch_size", "grad_accum", "grad_checkpointing", "init_from", "keep_checkpoints", "local_rank",
+    "max_bad_fraction", "max_bad_steps", "max_failed_saves", "max_steps", "nb_knn", "num_workers", "on_bad_image",
+    "output_dir", "recipe", "replay", "report", "requeue", "saveckp_freq", "temperature", "timeout", "use_fp16",
 }  # fmt: skip
 
 
@@ -148,6 +157,9 @@ def _add_training_flags(group: argparse._ArgumentGroup) -> None:
     add_flag(group, "--grad_accum", type=int, help="forwards per step; default 1, or as --global_batch_size needs")
     add_flag(group, "--epochs", type=int, default=100, help="passes over the data")
     add_flag(group, "--max_steps", type=int, help="stop after that many steps (a smoke run); the schedules stay")
+    add_flag(group, "--grad_checkpointing", type=bool_flag, default=False,
+             help="recompute the student's activations in backward: less memory, about a third more time")  # fmt: skip
+    add_flag(group, "--compile", type=bool_flag, default=False, help="torch.compile the backbones")
     add_flag(group, "--amp", default="auto", choices=hardware.AMP_CHOICES,
              help="autocast; auto: bf16 on CUDA (fp16 where it lacks it), none elsewhere")  # fmt: skip
     add_flag(group, "--use_fp16", type=bool_flag, help="DINO's flag: true is --amp fp16, false is --amp none")
@@ -184,6 +196,10 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     add_flag(group, "--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], help="neighbours of that evaluation")
     add_flag(group, "--temperature", type=float, default=0.07, help="temperature of that evaluation")
     add_flag(group, "--timeout", type=float, default=1800, help="seconds to wait for another process before giving up")
+    add_flag(group, "--deterministic", type=bool_flag, default=False,
+             help="bit-exact on a GPU too, slower (on a CPU runs always are)")  # fmt: skip
+    add_flag(group, "--report", type=bool_flag, default=True, help="write report.html and pictures at the end")
+    add_flag(group, "--replay", help="run the refused step of a replay_step*.pth file again, and stop")
     add_flag(group, "--requeue", type=bool_flag, default=False,
              help="when preempted in a SLURM job, put the job back into the queue")  # fmt: skip
     add_flag(group, "--dry_run", action="store_true", help="print the resolved command and configuration, and stop")
@@ -252,7 +268,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise InputError(f"--mode {args.mode!r} is unknown; choose official or simpool")
     if args.optimizer not in optim.OPTIMIZERS:
         raise InputError(f"--optimizer {args.optimizer!r} is unknown; choose {', '.join(optim.OPTIMIZERS)}")
-    if not args.data_path:
+    if not args.data_path and not args.replay:
         raise InputError("--data_path is missing: a folder of images, a list, tar shards, or demo for the built-in set")
     for key in ("epochs", "out_dim", "batch_size_per_gpu", "img_size", "local_crops_size", "patch_size", "in_chans"):
         if getattr(args, key) < 1:
@@ -337,6 +353,7 @@ class Pretraining:
     batch_size: int
     accum: int
     steps_per_epoch: int
+    rank: int
 
     @property
     def global_batch(self) -> int:
@@ -361,7 +378,7 @@ def train_step(run: Pretraining, batches: list[CropBatch], step: int, stop: bool
     any process wishes to stop or to save.
     """
     epoch, accum = step // run.steps_per_epoch, len(batches)
-    seed_step(run.args.seed, step, get_rank())
+    seed_step(run.args.seed, step, run.rank)
     set_schedules(run.optimizer, run.schedules, step)
     statistics = run.statistics.copy()
     center, terms = 0.0, 0.0
@@ -374,9 +391,9 @@ def train_step(run: Pretraining, batches: list[CropBatch], step: int, stop: bool
                 with torch.no_grad():
                     teacher_output = run.teacher(crops[:1])  # (2B, K)
                 student_output = run.student(crops)  # (V·B, K)
-            loss, entropy, kl = run.loss.terms(student_output, teacher_output, epoch)
+            loss, entropy, kl, teacher_sum = run.loss.step_terms(student_output, teacher_output, epoch)
             run.scaler.scale(loss / accum).backward()
-        center = center + teacher_output.float().sum(dim=0)
+        center = center + teacher_sum.view(-1)
         terms = terms + torch.stack([loss.detach(), entropy, kl])
 
     wishes = terms.new_tensor([float(stop), float(save)])
@@ -431,6 +448,11 @@ def build_pretraining(args: argparse.Namespace, images: int, device: torch.devic
     student, teacher = build_models(args)
     for module in (student, teacher):
         module.to(device, memory_format=choice.memory_format)
+    if args.grad_checkpointing:
+        student.backbone.set_grad_checkpointing(True)
+    if args.compile:  # in place, so that names in checkpoints stay
+        student.backbone.compile()
+        teacher.backbone.compile()
     if get_world_size() > 1:
         student, teacher = parallel(student, teacher, device)
     loss = DINOLoss(
@@ -456,6 +478,7 @@ def build_pretraining(args: argparse.Namespace, images: int, device: torch.devic
         batch_size=batch_size,
         accum=accum,
         steps_per_epoch=sampler.steps_per_epoch,
+        rank=get_rank(),
     )
 
 
@@ -538,6 +561,8 @@ class Loop:
         self.bad_in_a_row = 0
         self.epoch, self.step = 0, 0  # the next step, counted from the start of the run, and the epoch it belongs to
         self.bad_images = BadImages(train, args.max_bad_fraction)
+        self.probe = self.probe_images()  # the fixed images of the collapse monitors
+        self.recent: dict[int, list[list[int]]] = {}  # images of the last steps, for the replay of a refused one
 
     # ---- state
 
@@ -565,13 +590,7 @@ class Loop:
         """Continue from a checkpoint of this run. Raises InputError where the run has become another one."""
         run = self.run
         check_same_run(run, self.train, state, path)
-        student = run.student.module if isinstance(run.student, DistributedDataParallel) else run.student
-        student.load_state_dict({name.removeprefix("module."): value for name, value in state["student"].items()})
-        run.teacher.load_state_dict(state["teacher"])
-        run.optimizer.load_state_dict(state["optimizer"])
-        run.loss.load_state_dict(state["dino_loss"])
-        if run.scaler.is_enabled() and "fp16_scaler" in state:
-            run.scaler.load_state_dict(state["fp16_scaler"])
+        load_training_state(run, state)
         self.meters.load_state_dict(state["meters"])
         self.bad_in_a_row = state["bad_in_a_row"]
         self.epoch, self.step = state["epoch"], state["iteration"]
@@ -597,7 +616,7 @@ class Loop:
                 return False
             finished = self.step == (self.epoch + 1) * run.steps_per_epoch
             due = args.eval_every and ((self.epoch + 1) % args.eval_every == 0 or self.step == run.total_steps)
-            row = self.epoch_row() | {"bad_images": self.bad_images.end_epoch()}
+            row = self.epoch_row() | {"bad_images": self.bad_images.end_epoch(), "monitors": self.monitor(board)}
             if due and self.val is not None:
                 self.save(saver)  # an evaluation takes a while; a kill within it costs no training
                 row["k-NN"] = self.evaluate(board)
@@ -624,6 +643,7 @@ class Loop:
         bar = Progress(self.step_batches(last - first), last, f"epoch {self.epoch}", start=first, unit="step")
         for batches in bar:
             save = 0 < args.checkpoint_every_minutes * 60 <= time.monotonic() - self.saved_at
+            self.recent = {**dict(list(self.recent.items())[-3:]), self.step: [b.index.tolist() for b in batches]}
             self.results.push(self.step, train_step(run, batches, self.step, self.stop.requested, save))
             self.step += 1
             self.steps_here += 1
@@ -643,10 +663,11 @@ class Loop:
         """The micro-batches of each of the next `steps` steps, on the device, with the wait for them measured."""
         if steps == 0:
             return
-        device, batches = self.run.choice.device, iter(self.loader)
+        wanted = itertools.islice(self.loader, steps * self.run.accum)
+        batches = ahead_on_device(wanted, self.run.choice.device)
         for _ in range(steps):
             begin = time.monotonic()
-            group = [batch.to(device, non_blocking=True) for batch in itertools.islice(batches, self.run.accum)]
+            group = list(itertools.islice(batches, self.run.accum))
             self.waited_s += time.monotonic() - begin
             for batch in group:
                 self.bad_images.see(batch)
@@ -678,10 +699,21 @@ class Loop:
         say(f"warning: step {step} is not finite ({terms}); nothing was updated ({self.bad_in_a_row} in a row)")
         if self.bad_in_a_row < self.run.args.max_bad_steps:
             return
+        replay = self.write_replay(step)
         raise NonFiniteError(
-            f"{self.bad_in_a_row} steps in a row were not finite, the last at step {step}: {terms}. "
+            f"{self.bad_in_a_row} steps in a row were not finite, the last at step {step}: {terms}. Its images and the "
+            f"state before it are in {replay}; main_dino.py --replay {replay} runs it again. "
             "A lower --lr, --clip_grad 3.0, a longer --warmup_epochs or --amp bf16 in place of fp16 usually help"
         )
+
+    def write_replay(self, step: int) -> Path:
+        """A checkpoint with the images of a refused step, by rank; the state is still the one before the step."""
+        path = self.folder / f"replay_step{step:08d}.pth"
+        indices = all_gather_objects(self.recent.get(step, []))
+        if is_main_process():
+            names = [[[self.train.name(i) for i in batch] for batch in rank] for rank in indices]
+            save_checkpoint({**self.state(), "replay": {"step": step, "images": indices, "names": names}}, path)
+        return path
 
     def scalars(self, step: int, result: dict[str, float]) -> dict[str, float]:
         """TensorBoard's values of a step."""
@@ -724,6 +756,28 @@ class Loop:
         row["data_wait"] = round(self.waited_s / max(time.monotonic() - self.began, 1e-9), 4)
         return row
 
+    def probe_images(self) -> Tensor | None:
+        """Images that the monitors look at all through the run, on rank 0."""
+        if not is_main_process():
+            return None
+        try:
+            return monitors.probe_batch(self.train, self.run.args.img_size)
+        except InputError as error:  # an image that cannot be read is no reason not to train
+            say(f"no collapse monitors: {error}")
+            return None
+
+    def monitor(self, board: TensorBoard) -> dict[str, float]:
+        """Signs of collapse in the teacher, with a plain warning where they say so; on rank 0."""
+        if self.probe is None:
+            return {}
+        loss = self.run.loss
+        values = monitors.monitor(self.run.teacher, self.probe, loss.center, loss.teacher_temp(self.epoch))
+        board.scalars({f"monitor/{name}": value for name, value in values.items()}, self.step)
+        warning = monitors.collapse_warning(values, self.run.args.out_dim)
+        if warning:
+            say(warning)
+        return values
+
     def evaluate(self, board: TensorBoard) -> dict[str, dict[str, float]]:
         """k-NN of the teacher, {k: {top1, top5}} in percent."""
         run, args = self.run, self.run.args
@@ -736,6 +790,17 @@ class Loop:
             say(f"epoch {self.epoch}: {k}-NN top-1 {top1:.2f} %, top-5 {top5:.2f} %")
             board.scalars({f"eval/knn{k}_top1": top1, f"eval/knn{k}_top5": top5}, self.step)
         return {str(k): {"top1": top1, "top5": top5} for k, (top1, top5) in results.items()}
+
+
+def load_training_state(run: Pretraining, state: dict[str, Any]) -> None:
+    """Student, teacher, optimizer, center and scaler of a checkpoint."""
+    student = run.student.module if isinstance(run.student, DistributedDataParallel) else run.student
+    student.load_state_dict({name.removeprefix("module."): value for name, value in state["student"].items()})
+    run.teacher.load_state_dict(state["teacher"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.loss.load_state_dict(state["dino_loss"])
+    if run.scaler.is_enabled() and "fp16_scaler" in state:
+        run.scaler.load_state_dict(state["fp16_scaler"])
 
 
 def saved_arguments(args: argparse.Namespace) -> dict[str, Any]:
@@ -792,10 +857,14 @@ def train_dino(args: argparse.Namespace) -> int:
     if args.dry_run:
         print_configuration(args)
         return EXIT_DONE
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by CUDA when it starts
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
     with StopRequest() as stop:
         init_distributed_mode(args)
         try:
-            return _train(args, stop)
+            return replay_step(args) if args.replay else _train(args, stop)
         finally:
             leave()
 
@@ -836,7 +905,51 @@ def _train_in(folder: Path, args: argparse.Namespace, stop: StopRequest) -> int:
         board.close()
         if saver is not None:
             saver.wait()
+    if done and args.report and is_main_process():
+        write_pictures(loop)
     return leave_marker(folder, done, loop, stop)
+
+
+def write_pictures(loop: Loop) -> None:
+    """The report of a finished run: attention maps of its probe images, curves, report.html."""
+    from evaluation import attention, report
+
+    if loop.probe is not None:
+        try:
+            attention.attention_figure(loop.run.teacher.backbone, loop.probe[:6], loop.folder / "attention.png")
+        except ValueError as error:
+            say(f"no attention maps: {error}")
+    say(f"report: {report.write_report(loop.folder)}")
+
+
+def replay_step(args: argparse.Namespace) -> int:
+    """Run the refused step of a replay file again, rank by rank in one process, and say what each gives.
+
+    Returns the code of a non-finite stop where any rank's numbers are not finite, else 0.
+    """
+    content = read_checkpoint(args.replay)
+    if "replay" not in content:
+        raise InputError(f"--replay {args.replay} is no replay file; they are named replay_stepNNNNNNNN.pth")
+    saved, replay = argparse.Namespace(**{**vars(args), **content["args"]}), content["replay"]
+    saved.device, saved.max_steps, saved.global_batch_size, saved.grad_accum = args.device, None, None, 1
+    if args.sources.get("data_path") == "flag":
+        saved.data_path = args.data_path
+    saved.batch_size_per_gpu = len(replay["images"][0][0])
+    train = open_images(saved.data_path, "train", saved.subset, saved.in_chans)
+    run = build_pretraining(saved, len(train), args.torch_device)
+    run.steps_per_epoch = content["config"]["steps_per_epoch"]
+    run.schedules = build_schedules(saved, content["config"]["global_batch"], run.steps_per_epoch)
+    images, step, refused = TrainSet(train, crop_spec(saved), saved.seed), replay["step"], False
+    for rank, groups in enumerate(replay["images"]):
+        load_training_state(run, content)
+        run.rank = rank
+        epoch = step // run.steps_per_epoch
+        batches = [images.__getitems__([(epoch, i) for i in group]).to(args.torch_device) for group in groups]
+        result = dict(zip(RESULTS, train_step(run, batches, step).tolist(), strict=True))
+        terms = ", ".join(f"{name} {result[name]:.6g}" for name in RESULTS[:4])
+        say(f"step {step}, rank {rank}: {terms}: {'not finite, refused' if result['bad'] else 'finite'}")
+        refused = refused or bool(result["bad"])
+    return EXIT_NON_FINITE if refused else EXIT_DONE
 
 
 def _found_path(folder: Path) -> Path | None:

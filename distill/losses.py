@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distill.fused_loss import in_place_dino_loss
 from runtime.distributed import get_world_size
 
 
@@ -101,6 +102,16 @@ class DINOLoss(nn.Module):
         loss = cross_entropy_over_pairs(student_output, targets, self.student_temp)
         entropy = mean_entropy(targets)
         return loss, entropy, loss.detach() - entropy
+
+    def step_terms(self, student_output: Tensor, teacher_output: Tensor, epoch: int) -> tuple[Tensor, ...]:
+        """(loss, entropy, kl) and the teacher outputs' sum (K,), for a training step; the center stays as it is.
+
+        The same numbers as `terms` in one pass over the teacher's output, in half the memory: the gradient is written
+        where the student's output stood, which must not be read afterwards.
+        """
+        return in_place_dino_loss(
+            student_output, teacher_output, self.center, self.teacher_temp(epoch), self.student_temp, self.ncrops
+        )
 
     @torch.no_grad()
     def update_center(self, teacher_output: Tensor) -> None:

@@ -16,14 +16,14 @@ import main_dino
 from distill.losses import DINOLoss
 from runtime.checkpoint import read_checkpoint
 from runtime.distributed import leave
-from runtime.guards import InputError
+from runtime.guards import InputError, NonFiniteError
 from tests import processes
 
 TINY = [
     "--patch_size", "8", "--embed_dim", "24", "--depth", "2", "--num_heads", "2", "--img_size", "32",
     "--local_crops_size", "16", "--local_crops_number", "2", "--out_dim", "64", "--batch_size_per_gpu", "16",
     "--matmul_precision", "highest", "--num_workers", "0", "--warmup_epochs", "1",
-    "--warmup_teacher_temp_epochs", "1", "--drop_path_rate", "0",
+    "--warmup_teacher_temp_epochs", "1", "--drop_path_rate", "0", "--report", "false",
 ]  # fmt: skip
 VIT = ["--arch", "vit_small", "--mode", "simpool", *TINY]
 
@@ -211,12 +211,13 @@ FAMILIES = {
     "vit_official": ["--arch", "vit_small", *TINY],
     "resnet": ["--arch", "resnet18", "--mode", "simpool", "--img_size", "32", "--local_crops_size", "32",
                "--local_crops_number", "1", "--out_dim", "64", "--batch_size_per_gpu", "16", "--num_workers", "0",
-               "--matmul_precision", "highest"],
+               "--matmul_precision", "highest", "--report", "false"],
     "convnext": ["--arch", "convnext_tiny", "--mode", "simpool", "--img_size", "32", "--local_crops_size", "32",
                  "--local_crops_number", "0", "--out_dim", "64", "--batch_size_per_gpu", "8", "--num_workers", "0",
-                 "--matmul_precision", "highest"],
+                 "--matmul_precision", "highest", "--report", "false"],
     "timm": ["--arch", "resnet10t", "--mode", "simpool", "--img_size", "32", "--local_crops_size", "32",
-             "--local_crops_number", "0", "--out_dim", "64", "--batch_size_per_gpu", "16", "--num_workers", "0"],
+             "--local_crops_number", "0", "--out_dim", "64", "--batch_size_per_gpu", "16", "--num_workers", "0",
+             "--report", "false"],
 }  # fmt: skip
 
 
@@ -425,14 +426,14 @@ def poison_one_rank(rank: int) -> None:
     """Make the loss of rank 1 NaN in steps 2, 3 ... (the third and later calls)."""
     if rank != 1:
         return
-    real, calls = DINOLoss.terms, []
+    real, calls = DINOLoss.step_terms, []
 
-    def terms(self, *args):
+    def step_terms(self, *args):
         calls.append(1)
-        loss, entropy, kl = real(self, *args)
-        return (loss * float("nan") if len(calls) > 2 else loss), entropy, kl
+        loss, *others = real(self, *args)
+        return (loss * float("nan") if len(calls) > 2 else loss), *others
 
-    DINOLoss.terms = terms
+    DINOLoss.step_terms = step_terms
 
 
 @pytest.mark.parametrize("name", ["vit", "resnet"])
@@ -446,6 +447,40 @@ def test_a_nan_on_one_rank_stops_all_and_poisons_nothing(small, tmp_path, name):
     content = read_checkpoint(tmp_path / "run" / "checkpoint.pth")
     for key in ("student", "teacher", "dino_loss"):
         assert all(value.isfinite().all() for value in content[key].values() if value.is_floating_point())
+
+
+def test_a_refused_step_can_be_replayed(small, tmp_path, capsys):
+    """A run that diverges leaves a replay file with the images' names; replaying it refuses the step again."""
+    flags = [*VIT, "--data_path", small, "--epochs", 9, "--eval_every", 0, "--output_dir", tmp_path, "--lr", 1e30]
+    with pytest.raises(NonFiniteError, match="replay_step"):
+        train(*flags, "--max_bad_steps", 2, "--warmup_epochs", 0)
+    (file,) = tmp_path.glob("replay_step*.pth")
+    assert "truck" in str(read_checkpoint(file)["replay"]["names"]) or Path(small).name in str(
+        read_checkpoint(file)["replay"]["names"]
+    )
+    capsys.readouterr()
+    assert train("--replay", file) == 3
+    assert "not finite, refused" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet", "convnext"])
+def test_gradient_checkpointing_changes_nothing(small, tmp_path, name):
+    """Recomputing activations gives the same loss and the same weights."""
+    for setting in ("false", "true"):
+        flags = ["--data_path", small, "--eval_every", 0, "--output_dir", tmp_path / setting, "--max_steps", 2]
+        assert train(*FAMILIES[name], *flags, "--grad_checkpointing", setting) == 0
+    a, b = (read_checkpoint(tmp_path / s / "checkpoint.pth") for s in ("false", "true"))
+    for key, value in a["student"].items():
+        torch.testing.assert_close(value, b["student"][key])
+
+
+def test_the_report_of_a_run(small, tmp_path):
+    """A finished run leaves a page with its curves, and the attention maps of its probe images."""
+    flags = [*VIT, "--data_path", small, "--epochs", 2, "--eval_every", 1, "--output_dir", tmp_path, "--report", "true"]
+    assert train(*flags) == 0
+    assert "<img" in (tmp_path / "report.html").read_text()
+    assert (tmp_path / "attention.png").stat().st_size > 10_000
+    assert set(rows(tmp_path)[0]["monitors"]) == {"entropy", "center_norm", "mean_cosine", "effective_rank"}
 
 
 def test_refused_input_ends_all_ranks(tmp_path):
