@@ -80,7 +80,7 @@ def add_run_flags(parser: argparse.ArgumentParser, batch_size: int = 128) -> Non
 
 def model_flags(args: argparse.Namespace) -> dict[str, Any]:
     """What the user said of the model, for `utils.load_checkpoint_model`."""
-    return {name: getattr(args, name, None) for name in MODEL_FLAGS}
+    return {name: getattr(args, name) for name in MODEL_FLAGS}
 
 
 def channels(config: Mapping[str, Any]) -> int:
