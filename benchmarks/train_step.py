@@ -1,0 +1,128 @@
+"""The whole training step of main_dino.py against the same formulas written plainly.
+
+    python -m benchmarks.train_step --arch vit_small [--amp bf16] [--rounds 5]
+    python -m benchmarks.train_step --arch resnet50 --out_dim 4096
+    python -m benchmarks.train_step --arch vit_small --each true        each change alone, then all together
+
+Plain (benchmarks/plain_step.py) computes in float32 at the default matmul precision, whatever --amp says for ours. Both
+start from the same weights and take the same crops; the first steps, uncounted, must give the same losses. Printed
+are medians of both sides run in turn in one process, the ratio, and apart from them the colour stage, which the
+published code leaves to its loader: its time and its share in a step of ours that includes it. Both sides run with the
+allocator's settings of the program.
+
+Drop path is off, so that the sides can be compared; clipping is on (3.0), the prototypes train from the first step.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import main_dino
+from benchmarks.measure import timed_in_turn
+from benchmarks.plain_step import PARTS, PlainStep
+from data.datasets import open_images
+from data.loader import CropBatch, TrainSet
+from runtime.cli import bool_flag
+from runtime.distributed import choose_device
+from runtime.guards import run_program
+from runtime.log import say
+
+CHECKED_STEPS = 3
+TOLERANCE = {"none": 1e-5, "bf16": 2e-2, "fp16": 1e-2}  # of the losses, relative
+
+
+class Result(NamedTuple):
+    """seconds: of each side; colour: of the colour stage, seconds; error: of the first losses, relative."""
+
+    seconds: dict[str, float]
+    colour: float
+    error: float
+
+
+def build(flags: list[str], device: torch.device) -> tuple[main_dino.Pretraining, CropBatch]:
+    """A run as main_dino.py makes it from `flags`, and a batch of real crops on the device."""
+    fixed = ["--drop_path_rate", "0", "--clip_grad", "3", "--freeze_last_layer", "0", "--warmup_epochs", "0"]
+    args = main_dino.parse_arguments([*flags, *fixed])
+    source = open_images(args.data_path, "train", in_chans=args.in_chans)
+    run = main_dino.build_pretraining(args, len(source), device)
+    pairs = [(0, i) for i in range(run.batch_size)]
+    return run, TrainSet(source, main_dino.crop_spec(args), args.seed).__getitems__(pairs).to(device)
+
+
+class OwnStep:
+    """main_dino.train_step on crops whose colours are done."""
+
+    def __init__(self, run: main_dino.Pretraining, batch: CropBatch, crops: list[Tensor]) -> None:
+        run.colour = lambda *_: crops
+        self.run, self.batch = run, batch
+
+    def __call__(self, step: int) -> Tensor:
+        torch.set_float32_matmul_precision(self.run.choice.matmul_precision)
+        return main_dino.train_step(self.run, [self.batch], step)
+
+
+def compare(flags: list[str], device: torch.device, rounds: int, each: bool = False) -> Result:
+    """Times of plain, of plain with each part exchanged (where `each`), and of ours, which trains as `flags` say."""
+    run, batch = build(flags, device)
+    colour = run.colour
+    crops = colour(batch.crops, batch.colour)
+    plain = {"plain": PlainStep(run)}
+    if each:
+        plain |= {f"plain, {part} ours": PlainStep(run, (part,)) for part in PARTS}
+        plain[f"plain, precision {run.choice.matmul_precision}"] = PlainStep(run, (), run.choice.matmul_precision)
+        plain["plain, all of these"] = PlainStep(run, PARTS, run.choice.matmul_precision)
+    own = OwnStep(run, batch, crops)
+    error = 0.0
+    for step in range(CHECKED_STEPS):
+        loss = own(step)[0].item()
+        error = max([error, *(abs(side(crops, step) / loss - 1) for side in plain.values())])
+    sides = {name: (lambda s=side: s(crops, CHECKED_STEPS)) for name, side in plain.items()}
+    sides["ours"] = lambda: own(CHECKED_STEPS)
+    seconds = timed_in_turn({**sides, "colour": lambda: colour(batch.crops, batch.colour)}, rounds)
+    return Result(seconds, seconds.pop("colour"), error)
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("benchmarks.train_step", add_help=False)
+    parser.add_argument("--arch", default="vit_small", help="as main_dino.py's")
+    parser.add_argument("--mode", default="simpool", choices=["official", "simpool"], help="the pooling")
+    parser.add_argument("--amp", default="none", choices=["none", "bf16", "fp16"], help="autocast of ours")
+    parser.add_argument("--batch_size", type=int, default=4, help="images")
+    parser.add_argument("--out_dim", type=int, default=65536, help="prototypes")
+    parser.add_argument("--local_crops_number", type=int, default=6, help="crops of 96 pixels beside 2 of 224")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds, each running all sides in turn")
+    parser.add_argument("--matmul_precision", default="auto", help="of ours, as main_dino.py's")
+    parser.add_argument("--each", type=bool_flag, default=False, help="each change alone as well")
+    parser.add_argument("--data_path", default="demo", help="images, as main_dino.py's")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        parents=[get_args_parser()], description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    args = parser.parse_args(argv)
+    flags = ["--batch_size_per_gpu", str(args.batch_size)]
+    for key in ("arch", "mode", "amp", "out_dim", "local_crops_number", "matmul_precision", "data_path"):
+        flags += [f"--{key}", str(getattr(args, key))]
+    result = compare(flags, choose_device(args.device), args.rounds, args.each)
+    plain, ours = result.seconds["plain"], result.seconds["ours"]
+    say("| model | autocast of ours | step | ms | of plain |\n|---|---|---|---|---|")
+    for name, seconds in result.seconds.items():
+        say(f"| {args.arch} | {args.amp} | {name} | {1e3 * seconds:.0f} | {plain / seconds:.2f}x |")
+    say(f"first losses differ by {result.error:.1e}, matmul precision of ours {torch.get_float32_matmul_precision()}")
+    share = result.colour / (ours + result.colour)
+    say(f"colour stage {1e3 * result.colour:.0f} ms, {share:.1%} of a step of ours with it")
+    if result.error > TOLERANCE[args.amp]:
+        say(f"the losses differ by more than {TOLERANCE[args.amp]:.0e}: the times above compare different things")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    run_program(main)
