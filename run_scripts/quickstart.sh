@@ -10,23 +10,30 @@ use_environment
 output=${1:-output/quickstart}
 seed=${SEED:-0}
 
+# A recipe for hundreds of steps instead of DINO's hundred thousands: docs/LOG.md tells how it was found.
 model=(--arch vit_small --mode simpool --patch_size 4 --embed_dim 96 --depth 4 --num_heads 3 --img_size 32)
 evaluation=(--data_path demo --batch_size_per_gpu 250 --num_workers 0)
-linear=("${evaluation[@]}" --epochs 10 --lr 0.03 0.1 0.3 1)
+linear=("${evaluation[@]}" --epochs 10 --lr 0.01 0.03 0.1 0.3)
+
+evaluate() { # where, model flags
+    local where=$1
+    shift
+    "$PYTHON" eval_knn.py "$@" "${evaluation[@]}" --nb_knn 20 --seed "$seed" --output_dir "$where"
+    "$PYTHON" eval_linear.py "$@" "${linear[@]}" --seed "$seed" --output_dir "$where"
+}
 
 echo "== 1/4 before training: k-NN and linear probe of the untrained backbone"
-"$PYTHON" eval_knn.py "${model[@]}" "${evaluation[@]}" --nb_knn 20 --seed "$seed" --output_dir "$output/before"
-"$PYTHON" eval_linear.py "${model[@]}" "${linear[@]}" --seed "$seed" --output_dir "$output/before"
+evaluate "$output/before" "${model[@]}"
 
-echo "== 2/4 pretraining"
-"$PYTHON" main_dino.py "${model[@]}" --data_path demo --output_dir "$output" --seed "$seed" \
-    --epochs 8 --batch_size_per_gpu 64 --lr 0.001 --min_lr 1e-5 --warmup_epochs 1 --warmup_teacher_temp_epochs 2 \
-    --momentum_teacher 0.98 --out_dim 1024 --local_crops_number 4 --drop_path_rate 0 \
+echo "== 2/4 pretraining, without labels"
+"$PYTHON" main_dino.py "${model[@]}" --data_path demo --output_dir "$output" --seed "$seed" --recipe dino \
+    --epochs EPOCHS_N --batch_size_per_gpu 32 --lr 0.004 --min_lr 1e-5 --warmup_epochs 1 --weight_decay_end 0.04 \
+    --momentum_teacher 0.98 --out_dim 1024 --drop_path_rate 0 --global_crops_scale 0.3 1 \
+    --local_crops_number 4 --local_crops_scale 0.1 0.5 --local_crops_size 16 \
     --num_workers 0 --eval_every 4 --nb_knn 20
 
 echo "== 3/4 after training: k-NN and linear probe"
-"$PYTHON" eval_knn.py --pretrained_weights "$output/checkpoint.pth" "${evaluation[@]}" --nb_knn 20 --output_dir "$output/after"
-"$PYTHON" eval_linear.py --pretrained_weights "$output/checkpoint.pth" "${linear[@]}" --seed "$seed" --output_dir "$output/after"
+evaluate "$output/after" --pretrained_weights "$output/checkpoint.pth"
 
 echo "== 4/4 attention maps of validation images"
 "$PYTHON" visualize_attention.py --pretrained_weights "$output/checkpoint.pth" --data_path demo:48 --num_images 8 \
@@ -37,10 +44,27 @@ import json
 import sys
 from pathlib import Path
 
+from evaluation.report import table
+
 output = Path(sys.argv[1])
 
-def result(when, program):
-    return json.loads((output / when / f"{program}.json").read_text())["results"]
 
-print(json.dumps(result("before", "eval_knn"))[:300], json.dumps(result("before", "eval_linear"))[:600])
+def top1(when: str) -> tuple[float, float]:
+    knn, linear = (json.loads((output / when / f"{name}.json").read_text())["results"] for name in ("eval_knn", "eval_linear"))
+    return knn["knn"][0]["top1"], linear["selected"]["val_top1"]
+
+
+before, after = top1("before"), top1("after")
+print()
+print(table(["top-1 in percent, 19 classes", "20-NN", "linear"], [
+    ["untrained backbone", *before],
+    ["after pretraining", *after],
+    ["gain", *(b - a for a, b in zip(before, after))],
+]))
+print(f"""
+checkpoint       {output / "checkpoint.pth"}
+log              {output / "log.txt"}
+report           {output / "report.html"}
+TensorBoard      {output / "tensorboard"}     (pip install tensorboard; tensorboard --logdir {output})
+attention maps   {output / "attention" / "grid.png"}""")
 PY
