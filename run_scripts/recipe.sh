@@ -1,0 +1,28 @@
+# Sourced by the recipe scripts: `recipe GLOBAL_BATCH flags...` runs the pretraining with the published global batch on
+# whatever is there. From the environment:
+#   DATA    ImageNet as train/ and val/ class folders, or anything else --data_path takes (required)
+#   OUT     output folder (default: output/NAME OF THE SCRIPT)
+#   NPROC   processes (default: one per visible GPU; 1 without a GPU)
+# Arguments of the script are passed on, so `--dry_run` prints the resolved configuration and stops.
+
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+recipe() {
+    local global_batch=$1
+    shift
+    if [ -z "${DATA:-}" ]; then
+        echo "set DATA to the images, for instance: DATA=/path/to/imagenet bash $0" >&2
+        return 2
+    fi
+    [ -e "$DATA" ] && DATA=$(realpath "$DATA")
+    local out=${OUT:-$root/output/$(basename "$0" .sh)}
+    use_environment || return 1
+    local processes=${NPROC:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+    local launch=("$PYTHON")
+    # SIGTERM and SIGUSR1 reach the workers, which save and leave; torchrun's own 30 seconds are too short for a save.
+    [ "$processes" -gt 1 ] && launch=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$processes"
+        --signals-to-handle SIGTERM,SIGINT,SIGUSR1)
+    cd "$root"
+    set -x
+    exec "${launch[@]}" main_dino.py --data_path "$DATA" --output_dir "$out" --global_batch_size "$global_batch" "$@"
+}
