@@ -137,7 +137,7 @@ def clip_each_(gradients: list[Tensor], clip: float) -> Tensor:
     """
     if not gradients:
         return torch.zeros(0)
-    norms = torch.stack(torch._foreach_norm(gradients))
+    norms = _norms(gradients)
     if clip > 0:
         factors = (clip / (norms + 1e-6)).clamp(max=1.0)
         if norms.device.type == "cpu":  # reading a factor costs nothing here, and most gradients need no pass
@@ -147,6 +147,18 @@ def clip_each_(gradients: list[Tensor], clip: float) -> Tensor:
         else:
             torch._foreach_mul_(gradients, list(factors.unbind()))
     return norms
+
+
+def _norms(tensors: list[Tensor]) -> Tensor:
+    """Euclidean norms (P,).
+
+    On CPU torch's norm adds up long float32 sums: 6e-4 off for 65536 x 256 prototypes, where a dot product is
+    off by 3e-5, and faster.
+    """
+    if any(t.device.type != "cpu" for t in tensors):
+        return torch.stack(torch._foreach_norm(tensors))
+    flat = [t.view(-1) if t.is_contiguous() else t.flatten() for t in tensors]
+    return torch.stack([t.dot(t) for t in flat]).sqrt()
 
 
 def clip_gradients(model: nn.Module, clip: float) -> list[float]:

@@ -24,6 +24,10 @@ class ParameterAverage:
     @torch.no_grad()
     def update(self, momentum: float, skip: Tensor | None = None) -> None:
         """One step of the average. Where the 0-d bool tensor `skip` is true the teacher stays bit for bit as it is."""
+        if skip is not None and skip.device.type == "cpu":  # reading it costs nothing here, and temporaries do
+            if skip.item():
+                return
+            skip = None
         if skip is None:
             torch._foreach_lerp_(self._teacher, self._student, 1 - momentum)
             return

@@ -110,3 +110,18 @@ def test_unknown_optimizer():
     """The error names the value and the choices."""
     with pytest.raises(ValueError, match=r"'adam'.*adamw, sgd, lars"):
         optim.build_optimizer("adam", [])
+
+
+def test_norms_of_large_gradients_are_exact():
+    """The norm of a gradient as long as the prototypes' is float32's to 1e-4 (torch's own on CPU is 6e-4 off)."""
+    gradient = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0))
+    exact = gradient.double().norm().item()
+    assert optim.clip_each_([gradient], 0.0).item() == pytest.approx(exact, rel=1e-4)
+
+
+def test_norms_follow_no_memory_layout():
+    """A channels_last gradient has the norm of the same numbers."""
+    gradient = torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last)
+    norm = optim.clip_each_([gradient], 0.5)
+    torch.testing.assert_close(gradient.norm(), torch.tensor(0.5), rtol=1e-4, atol=1e-5)
+    assert norm.item() > 0.5

@@ -1,0 +1,71 @@
+"""The benchmarks of the whole step in quick form: both sides compute the same; times are never judged here."""
+
+import pytest
+import torch
+
+import backbones
+from benchmarks import optimizer, startup, train_step
+from benchmarks.plain_step import PlainStep
+from distill.heads import DINOHead
+from distill.multicrop import MultiCropWrapper
+
+CPU = torch.device("cpu")
+TINY = [
+    "--img_size", "32", "--local_crops_size", "16", "--local_crops_number", "2", "--out_dim", "64",
+    "--batch_size_per_gpu", "4", "--matmul_precision", "highest", "--data_path", "demo", "--num_workers", "0",
+]  # fmt: skip
+VIT = ["--arch", "vit_tiny", "--patch_size", "8", "--embed_dim", "24", "--depth", "2", "--num_heads", "2"]
+FAMILIES = {
+    "vit": [*VIT, "--mode", "simpool"],
+    "official": [*VIT, "--mode", "official"],
+    "resnet": ["--arch", "resnet18", "--mode", "simpool"],
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_plain_and_own_step_give_the_same_losses(name):
+    """Three steps of the plain step, with each part exchanged too, have the training step's losses within 1e-5."""
+    result = train_step.compare([*FAMILIES[name], *TINY], CPU, rounds=1, each=name == "vit")
+    assert result.error < 1e-5
+    assert result.seconds.keys() >= {"plain", "ours"}
+
+
+def test_plain_and_own_step_give_the_same_weights():
+    """After three steps student, teacher and center agree, too."""
+    run, batch = train_step.build([*FAMILIES["vit"], *TINY, "--optimizer", "sgd"], CPU)
+    crops = run.colour(batch.crops, batch.colour)
+    plain, own = PlainStep(run), train_step.OwnStep(run, batch, crops)
+    before = run.teacher.head.mlp[0].weight.clone()
+    for step in range(3):
+        plain(crops, step)
+        own(step)
+    for kind in ("student", "teacher"):
+        for a, b in zip(getattr(plain, kind).parameters(), getattr(run, kind).parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(plain.loss.center, run.loss.center, rtol=1e-4, atol=1e-6)
+    assert not torch.equal(before, run.teacher.head.mlp[0].weight)
+
+
+def test_a_difference_is_found():
+    """A step that leaves out the teacher's sharpening does not pass for the same."""
+    run, batch = train_step.build([*FAMILIES["vit"], *TINY], CPU)
+    crops = run.colour(batch.crops, batch.colour)
+    plain, own = PlainStep(run), train_step.OwnStep(run, batch, crops)
+    plain.loss.teacher_temp_schedule = plain.loss.teacher_temp_schedule * 2
+    assert abs(plain(crops, 0) / own(0)[0].item() - 1) > 1e-5
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+def test_updates_agree(name):
+    """Clipping, optimizer and average leave the same weights on both sides."""
+    backbone = backbones.build_backbone("vit_tiny", mode="simpool", embed_dim=24, depth=2, num_heads=2)
+    model = MultiCropWrapper(backbone, DINOHead(24, 64, norm_last_layer=False))
+    seconds, error = optimizer.compare(model, name, 3.0, rounds=1)
+    assert error < 1e-5
+    assert seconds.keys() == {*optimizer.PHASES, "all"}
+
+
+def test_startup_checks_what_it_times():
+    """--help names the program's flags; a command that ends otherwise than it should is no timing."""
+    assert "--arch" in startup.answer("--help")
+    assert "no_such_flag" in startup.answer("a wrong flag")
