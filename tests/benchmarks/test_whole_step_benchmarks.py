@@ -4,10 +4,11 @@ import pytest
 import torch
 
 import backbones
-from benchmarks import optimizer, startup, train_step
+from benchmarks import into_docs, optimizer, startup, train_step
 from benchmarks.plain_step import PlainStep
 from distill.heads import DINOHead
 from distill.multicrop import MultiCropWrapper
+from runtime.guards import InputError
 
 CPU = torch.device("cpu")
 TINY = [
@@ -69,3 +70,15 @@ def test_startup_checks_what_it_times():
     """--help names the program's flags; a command that ends otherwise than it should is no timing."""
     assert "--arch" in startup.answer("--help")
     assert "no_such_flag" in startup.answer("a wrong flag")
+
+
+def test_tables_go_between_the_markers():
+    """A second run replaces the first one's tables and nothing else; a lost marker is an error."""
+    once = into_docs.replace_between_markers("# Title\n\nprose\n", "first")
+    assert once.startswith("# Title\n\nprose\n")
+    twice = into_docs.replace_between_markers(once + "\n## After\n", "second")
+    assert "first" not in twice
+    assert "second" in twice
+    assert twice.endswith("\n## After\n")
+    with pytest.raises(InputError, match="one of the markers"):
+        into_docs.replace_between_markers(into_docs.BEGIN, "text")
