@@ -11,7 +11,7 @@ output=${1:-output/quickstart}
 seed=${SEED:-0}
 
 # A recipe for hundreds of steps instead of DINO's hundred thousands: docs/LOG.md tells how it was found.
-model=(--arch vit_small --mode simpool --patch_size 4 --embed_dim 96 --depth 4 --num_heads 3 --img_size 32)
+model=(--arch vit_small --mode simpool --patch_size 8 --embed_dim 96 --depth 4 --num_heads 3 --img_size 32)
 evaluation=(--data_path demo --batch_size_per_gpu 250 --num_workers 0)
 linear=("${evaluation[@]}" --epochs 10 --lr 0.01 0.03 0.1 0.3)
 
@@ -27,9 +27,9 @@ evaluate "$output/before" "${model[@]}"
 
 echo "== 2/4 pretraining, without labels"
 "$PYTHON" main_dino.py "${model[@]}" --data_path demo --output_dir "$output" --seed "$seed" --recipe dino \
-    --epochs EPOCHS_N --batch_size_per_gpu 32 --lr 0.004 --min_lr 1e-5 --warmup_epochs 1 --weight_decay_end 0.04 \
+    --epochs 12 --batch_size_per_gpu 32 --lr 0.005 --min_lr 1e-5 --warmup_epochs 1 --weight_decay_end 0.04 \
     --momentum_teacher 0.98 --out_dim 1024 --drop_path_rate 0 --global_crops_scale 0.3 1 \
-    --local_crops_number 4 --local_crops_scale 0.1 0.5 --local_crops_size 16 \
+    --local_crops_number 6 --local_crops_scale 0.1 0.4 --local_crops_size 16 \
     --num_workers 0 --eval_every 4 --nb_knn 20
 
 echo "== 3/4 after training: k-NN and linear probe"
