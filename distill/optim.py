@@ -37,10 +37,23 @@ def build_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Opti
     if name == "adamw":
         return torch.optim.AdamW(groups, fused=True)
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
+        return _sgd(groups)
     if name == "lars":
         return LARS(groups)
     raise ValueError(f"unknown optimizer {name!r}; choose {', '.join(OPTIMIZERS)}")
+
+
+def _sgd(groups: list[dict[str, Any]]) -> torch.optim.SGD:
+    """SGD with momentum .9 whose momenta are zeros from the start.
+
+    torch's fused SGD allocates them in the first step and leaves them unset where that step is refused (found_inf):
+    what lay in that memory, NaN at times, would enter the next step.
+    """
+    sgd = torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
+    for group in sgd.param_groups:
+        for parameter in group["params"]:
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
 
 
 class LARS(torch.optim.Optimizer):

@@ -125,3 +125,22 @@ def test_norms_follow_no_memory_layout():
     norm = optim.clip_each_([gradient], 0.5)
     torch.testing.assert_close(gradient.norm(), torch.tensor(0.5), rtol=1e-4, atol=1e-5)
     assert norm.item() > 0.5
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_a_refused_first_step_leaves_no_trace(name):
+    """Where the very first step is refused, the second one is what the first would have been."""
+    models = [fill_(nn.Linear(300, 200)) for _ in range(2)]
+    for model, steps in zip(models, ([True, False], [False]), strict=True):
+        optimizer = optim.build_optimizer(name, optim.get_params_groups(model))
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01
+        for bad in steps:
+            garbage = torch.full((300 * 200,), float("nan"))  # what freed memory may hold
+            del garbage
+            optimizer.zero_grad()
+            model(tensor(1, (5, 300))).pow(2).mean().backward()
+            optimizer.found_inf = torch.tensor(float(bad))
+            optimizer.step()
+    assert torch.equal(models[0].weight, models[1].weight)
+    assert models[0].weight.isfinite().all()
