@@ -507,13 +507,34 @@ def build_models(args: argparse.Namespace) -> tuple[MultiCropWrapper, MultiCropW
 def check_crop_sizes(backbone: nn.Module, args: argparse.Namespace) -> None:
     """Raise InputError where the backbone cannot take crops of these sizes (timm models set rules of their own)."""
     backbone.eval()
+    on_one_pixel, hooks = watch_strided_convolutions(backbone)
+    reduced_on_cpu = args.amp in ("bf16", "fp16") and getattr(args, "torch_device", None) == torch.device("cpu")
     for key, size in (("img_size", args.img_size), ("local_crops_size", args.local_crops_size)):
         try:
             with torch.no_grad():
                 backbone(torch.zeros(1, args.in_chans, size, size))
         except Exception as error:  # whatever a model raises for a size it cannot take
             raise InputError(f"--{key} {size}: {args.arch} cannot take images of that size ({error})") from error
+        if on_one_pixel and reduced_on_cpu:
+            raise InputError(
+                f"--{key} {size} with --amp {args.amp}: {args.arch} has strided convolutions of one-pixel maps, and torch "
+                "leaves parts of their gradients unset in reduced precision on a CPU; use --amp none or larger crops"
+            )
+    for hook in hooks:
+        hook.remove()
     backbone.train()
+
+
+def watch_strided_convolutions(model: nn.Module) -> tuple[list[nn.Module], list[Any]]:
+    """A list that fills, in later forwards, with the strided convolutions that meet a map of one pixel; and its hooks."""
+    met: list[nn.Module] = []
+
+    def look(layer: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
+        if inputs[0].shape[-2:] == (1, 1):
+            met.append(layer)
+
+    strided = [m for m in model.modules() if isinstance(m, nn.Conv2d) and max(m.stride) > 1 and max(m.kernel_size) > 1]
+    return met, [layer.register_forward_hook(look) for layer in strided]
 
 
 def parallel(

@@ -167,6 +167,7 @@ def test_published_flags_are_all_there():
         (["--config", "nowhere.json"], "nowhere.json does not exist"),
         (["--output_dir", "/proc/nothing"], "/proc/nothing cannot be written"),
         (["--arch", "resnet18", "--depth", "3"], "depth"),
+        (["--local_crops_number", "-1"], "--local_crops_number -1"),
     ],
 )
 def test_bad_input_is_one_clear_error(small, tmp_path, flags, message):
@@ -174,6 +175,13 @@ def test_bad_input_is_one_clear_error(small, tmp_path, flags, message):
     with pytest.raises(InputError, match=re.escape(message)):
         train(*VIT, "--data_path", small, "--output_dir", tmp_path, *flags)
     assert not (tmp_path / "checkpoint.pth").exists()
+
+
+def test_reduced_precision_is_refused_where_torch_errs(small, tmp_path):
+    """ResNet-18 on 14-pixel crops meets one-pixel maps, whose bf16 gradients on a CPU are garbage: a clear error."""
+    flags = [*FAMILIES["resnet"], "--local_crops_size", 14, "--data_path", small, "--output_dir", tmp_path]
+    with pytest.raises(InputError, match=r"--local_crops_size 14 with --amp bf16.*--amp none"):
+        train(*flags, "--amp", "bf16", "--device", "cpu")
 
 
 @pytest.mark.parametrize("flags", [["--mode", "both"], ["--optimizer", "adam"], ["--nonsense", "1"], ["--lr", "fast"]])

@@ -72,3 +72,10 @@ def test_the_probe_batch_is_fixed_and_the_model_keeps_its_mode():
     assert set(values) == {"entropy", "center_norm", "mean_cosine", "effective_rank"}
     assert teacher.training
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+def test_non_finite_features_have_no_rank():
+    """A poisoned teacher is reported, it does not end the run with a failed decomposition."""
+    features = torch.randn(8, 4)
+    features[3, 2] = float("nan")
+    assert math.isnan(monitors.effective_rank(features))
