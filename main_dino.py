@@ -517,8 +517,8 @@ def check_crop_sizes(backbone: nn.Module, args: argparse.Namespace) -> None:
             raise InputError(f"--{key} {size}: {args.arch} cannot take images of that size ({error})") from error
         if on_one_pixel and reduced_on_cpu:
             raise InputError(
-                f"--{key} {size} with --amp {args.amp}: {args.arch} has strided convolutions of one-pixel maps, and torch "
-                "leaves parts of their gradients unset in reduced precision on a CPU; use --amp none or larger crops"
+                f"--{key} {size} with --amp {args.amp}: {args.arch} has strided convolutions of one-pixel maps, and "
+                "torch leaves parts of their gradients unset in reduced precision on a CPU; use --amp none or larger crops"
             )
     for hook in hooks:
         hook.remove()
@@ -526,7 +526,7 @@ def check_crop_sizes(backbone: nn.Module, args: argparse.Namespace) -> None:
 
 
 def watch_strided_convolutions(model: nn.Module) -> tuple[list[nn.Module], list[Any]]:
-    """A list that fills, in later forwards, with the strided convolutions that meet a map of one pixel; and its hooks."""
+    """A list that fills, in later forwards, with strided convolutions that meet a one-pixel map; and its hooks."""
     met: list[nn.Module] = []
 
     def look(layer: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:

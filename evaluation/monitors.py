@@ -46,8 +46,8 @@ def mean_cosine(features: Tensor) -> float:
 def effective_rank(features: Tensor) -> float:
     """exp of the entropy of the normalised singular values of centred features (B, D): directions really used.
 
-    Roy and Vetterli, "The effective rank" (2007). Between 1 and min(B - 1, D); 1 where all features are equal, NaN where one
-    is not finite.
+    Roy and Vetterli, "The effective rank" (2007). Between 1 and min(B - 1, D); 1 where all features are equal, NaN
+    where one is not finite.
     """
     if not features.isfinite().all():
         return math.nan  # the entropy's warning tells; singular values do not exist
