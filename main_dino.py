@@ -518,7 +518,8 @@ def check_crop_sizes(backbone: nn.Module, args: argparse.Namespace) -> None:
         if on_one_pixel and reduced_on_cpu:
             raise InputError(
                 f"--{key} {size} with --amp {args.amp}: {args.arch} has strided convolutions of one-pixel maps, and "
-                "torch leaves parts of their gradients unset in reduced precision on a CPU; use --amp none or larger crops"
+                "torch leaves parts of their gradients unset in reduced precision on a CPU; use --amp none or larger "
+                "crops"
             )
     for hook in hooks:
         hook.remove()
