@@ -356,6 +356,11 @@ class Pretraining:
     rank: int
 
     @property
+    def bare_student(self) -> nn.Module:
+        """The student without DistributedDataParallel, whose names are those of the teacher."""
+        return self.student.module if isinstance(self.student, DistributedDataParallel) else self.student
+
+    @property
     def global_batch(self) -> int:
         """Images per step, over all processes."""
         return self.batch_size * self.accum * get_world_size()
@@ -591,9 +596,8 @@ class Loop:
     def state(self) -> dict[str, Any]:
         """The checkpoint: DINO's keys, and what an exact resume needs beside them."""
         run = self.run
-        student = run.student.module if isinstance(run.student, DistributedDataParallel) else run.student
         state = {
-            "student": {f"module.{name}": value for name, value in student.state_dict().items()},
+            "student": {f"module.{name}": value for name, value in run.bare_student.state_dict().items()},
             "teacher": run.teacher.state_dict(),
             "optimizer": run.optimizer.state_dict(),
             "epoch": self.epoch,
@@ -816,8 +820,7 @@ class Loop:
 
 def load_training_state(run: Pretraining, state: dict[str, Any]) -> None:
     """Student, teacher, optimizer, center and scaler of a checkpoint."""
-    student = run.student.module if isinstance(run.student, DistributedDataParallel) else run.student
-    student.load_state_dict({name.removeprefix("module."): value for name, value in state["student"].items()})
+    run.bare_student.load_state_dict({name.removeprefix("module."): value for name, value in state["student"].items()})
     run.teacher.load_state_dict(state["teacher"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.loss.load_state_dict(state["dino_loss"])
