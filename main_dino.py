@@ -46,7 +46,7 @@ from distill.multicrop import MultiCropWrapper
 from distill.teacher import ParameterAverage
 from evaluation import knn, monitors
 from runtime import hardware
-from runtime.checkpoint import plain, read_checkpoint, save_checkpoint, write_json_atomic
+from runtime.checkpoint import check_writable, plain, read_checkpoint, save_checkpoint, write_json_atomic
 from runtime.cli import (
     HelpFormatter,
     add_flag,
@@ -63,23 +63,27 @@ from runtime.distributed import (
     init_distributed_mode,
     is_main_process,
     leave,
+    lost_processes,
     on_main_process,
 )
 from runtime.guards import (
+    EXIT_BAD_INPUT,
     EXIT_DONE,
     EXIT_NON_FINITE,
     EXIT_PREEMPTED,
     InputError,
     NonFiniteError,
+    RunStopped,
     input_errors,
     run_program,
 )
 from runtime.late import LateReader
 from runtime.lock import FolderLock
-from runtime.log import JsonLog, Progress, TensorBoard, cut_json_lines, device_line, say
+from runtime.log import JsonLog, Progress, cut_json_lines, device_line, say
 from runtime.preempt import StopRequest, requeue_slurm_job
 from runtime.reproduce import fix_random_seeds, get_sha, seed_step
 from runtime.saver import NEWEST, CheckpointSaver, find_checkpoint
+from runtime.tensorboard import TensorBoard
 
 __all__ = ["DINOLoss", "DataAugmentationDINO", "get_args_parser", "train_dino"]
 
@@ -588,6 +592,7 @@ class Loop:
         self.bad_in_a_row = 0
         self.epoch, self.step = 0, 0  # the next step, counted from the start of the run, and the epoch it belongs to
         self.bad_images = BadImages(train, args.max_bad_fraction)
+        self.failure: InputError | RunStopped | None = None  # of this process alone, until all have heard of it
         self.probe = self.probe_images()  # the fixed images of the collapse monitors
         self.recent: dict[int, list[list[int]]] = {}  # images of the last steps, for the replay of a refused one
 
@@ -625,11 +630,40 @@ class Loop:
             seen = (self.step - self.epoch * state["config"]["steps_per_epoch"]) * before
             self.step = self.epoch * run.steps_per_epoch + min(seen // run.global_batch, run.steps_per_epoch)
 
-    def save(self, saver: CheckpointSaver | None, keep: bool = False) -> None:
+    def save(self, saver: CheckpointSaver | None, board: TensorBoard, keep: bool = False) -> None:
         """Begin to save the state, on rank 0."""
         self.read_results(everything=True)
+        board.flush()  # before the save: what it will not compute again must be on the disk
         if saver is not None:
-            saver.save(self.state(), self.step, f"checkpoint{self.epoch:04d}.pth" if keep else None)
+            with self.held_back():
+                saver.save(self.state(), self.step, f"checkpoint{self.epoch:04d}.pth" if keep else None)
+
+    @contextlib.contextmanager
+    def held_back(self) -> Iterator[None]:
+        """Keep a failure that only this process can see until all stop at it: the others wait for it in the step."""
+        try:
+            yield
+        except (InputError, RunStopped) as error:
+            self.failure = self.failure or error
+
+    def share_failure(self) -> None:
+        """Raise on all processes, alike, where one has a failure held back."""
+        mine = None if self.failure is None else (str(self.failure), getattr(self.failure, "exit_code", EXIT_BAD_INPUT))
+        met = [failure for failure in all_gather_objects(mine) if failure is not None]
+        if self.failure is not None:
+            raise self.failure
+        if met:
+            message, code = met[0]
+            raise RunStopped(f"another process of the run stopped it: {message}", code)
+
+    def finish(self, saver: CheckpointSaver | None, board: TensorBoard, done: bool) -> bool:
+        """Save for the last time and see it through, on all processes; returns `done`."""
+        self.save(saver, board)
+        if saver is not None:
+            with self.held_back():
+                saver.finish(lambda: self.save(saver, board), pause_s=1.0 if done else 0.0)
+        self.share_failure()
+        return done
 
     # ---- the run
 
@@ -638,13 +672,12 @@ class Loop:
         run, args = self.run, self.run.args
         while self.epoch < args.epochs:
             if not self.train_epoch(saver, board):
-                self.save(saver)
-                return False
+                return self.finish(saver, board, done=False)
             finished = self.step == (self.epoch + 1) * run.steps_per_epoch
             due = args.eval_every and ((self.epoch + 1) % args.eval_every == 0 or self.step == run.total_steps)
             row = self.epoch_row() | {"bad_images": self.bad_images.end_epoch(), "monitors": self.monitor(board)}
             if due and self.val is not None:
-                self.save(saver)  # an evaluation takes a while; a kill within it costs no training
+                self.save(saver, board)  # an evaluation takes a while; a kill within it costs no training
                 row["k-NN"] = self.evaluate(board)
             if is_main_process():
                 log.append(row)
@@ -652,11 +685,10 @@ class Loop:
                 break
             self.epoch += 1
             self.meters = utils.MetricLogger()
-            self.save(saver, keep=bool(args.saveckp_freq and self.epoch % args.saveckp_freq == 0))
+            self.save(saver, board, keep=bool(args.saveckp_freq and self.epoch % args.saveckp_freq == 0))
             if self.step >= run.total_steps:
-                return True
-        self.save(saver)
-        return True
+                break
+        return self.finish(saver, board, done=True)
 
     def train_epoch(self, saver: CheckpointSaver | None, board: TensorBoard) -> bool:
         """The steps that are left of this epoch; False where the run was asked to stop before their end."""
@@ -670,7 +702,8 @@ class Loop:
         for batches in bar:
             save = 0 < args.checkpoint_every_minutes * 60 <= time.monotonic() - self.saved_at
             self.recent = {**dict(list(self.recent.items())[-3:]), self.step: [b.index.tolist() for b in batches]}
-            self.results.push(self.step, train_step(run, batches, self.step, self.stop.requested, save))
+            stop = self.stop.requested or self.failure is not None
+            self.results.push(self.step, train_step(run, batches, self.step, stop, save))
             self.step += 1
             self.steps_here += 1
             wishes = self.read_results(board=board)
@@ -680,7 +713,7 @@ class Loop:
             by_steps = args.checkpoint_every_steps and self.step % args.checkpoint_every_steps == 0
             at_end = self.step == (self.epoch + 1) * run.steps_per_epoch
             if (wishes["save"] or by_steps) and not at_end:
-                self.save(saver)
+                self.save(saver, board)
                 self.saved_at = time.monotonic()
         self.read_results(everything=True, board=board)
         return True
@@ -696,7 +729,8 @@ class Loop:
             group = list(itertools.islice(batches, self.run.accum))
             self.waited_s += time.monotonic() - begin
             for batch in group:
-                self.bad_images.see(batch)
+                with self.held_back():
+                    self.bad_images.see(batch)
             yield group
 
     # ---- what is read, logged and evaluated
@@ -738,7 +772,10 @@ class Loop:
         indices = all_gather_objects(self.recent.get(step, []))
         if is_main_process():
             names = [[[self.train.name(i) for i in batch] for batch in rank] for rank in indices]
-            save_checkpoint({**self.state(), "replay": {"step": step, "images": indices, "names": names}}, path)
+            try:
+                save_checkpoint({**self.state(), "replay": {"step": step, "images": indices, "names": names}}, path)
+            except (OSError, RuntimeError) as error:  # the run stops for a better reason than this one
+                say(f"warning: {path} could not be written ({error}); the images of step {step} were {names}")
         return path
 
     def scalars(self, step: int, result: dict[str, float]) -> dict[str, float]:
@@ -889,14 +926,15 @@ def train_dino(args: argparse.Namespace) -> int:
     with StopRequest() as stop:
         init_distributed_mode(args)
         try:
-            return replay_step(args) if args.replay else _train(args, stop)
+            with lost_processes():
+                return replay_step(args) if args.replay else _train(args, stop)
         finally:
             leave()
 
 
 def _train(args: argparse.Namespace, stop: StopRequest) -> int:
     folder = Path(args.output_dir)
-    lock = on_main_process(lambda: prepare_folder(folder), keep_local=True)
+    lock = on_main_process(lambda: locked(folder), keep_local=True)
     try:
         return _train_in(folder, args, stop)
     finally:
@@ -908,31 +946,41 @@ def _train_in(folder: Path, args: argparse.Namespace, stop: StopRequest) -> int:
     train, val = open_data(args)
     run = build_pretraining(args, len(train), args.torch_device)
     loop = Loop(run, train, val, stop)
-    found = on_main_process(lambda: _found_path(folder))
-    if found is not None:
-        loop.load(read_checkpoint(found), found)
-    first = loop.step
+    found = continue_run(folder, loop)
     announce(run, train, val, loop, found)
-    if loop.step >= run.total_steps and (folder / "DONE").exists():
+    if on_main_process(lambda: loop.step >= run.total_steps and (folder / "DONE").exists()):
         say(f"nothing to do: the run in {folder} is complete")
         return EXIT_DONE
-    saver = None
-    if is_main_process():
-        for marker in ("DONE", "PREEMPTED"):
-            (folder / marker).unlink(missing_ok=True)
-        cut_json_lines(folder / "log.txt", loop.epoch)
-        write_json_atomic(folder / "config.json", saved_arguments(args))
-        saver = CheckpointSaver(folder, args.keep_checkpoints, args.max_failed_saves, say)
-    board = TensorBoard(folder / "tensorboard", first)
+    saver = on_main_process(lambda: open_run(folder, loop), keep_local=True)
+    board = TensorBoard(folder / "tensorboard", loop.step)
     try:
         done = loop.go(saver, JsonLog(folder / "log.txt"), board)
     finally:
         board.close()
         if saver is not None:
-            saver.wait()
+            saver.close()
     if done and args.report and is_main_process():
         write_pictures(loop)
     return leave_marker(folder, done, loop, stop)
+
+
+def continue_run(folder: Path, loop: Loop) -> Path | None:
+    """Load the newest good checkpoint of `folder`, if there is one, on all processes; returns its path."""
+    found = on_main_process(lambda: find_checkpoint(folder, say), keep_local=True)
+    path = on_main_process(lambda: found and found[0])
+    if path is not None:
+        loop.load(found[1] if found else read_checkpoint(path), path)
+    return path
+
+
+def open_run(folder: Path, loop: Loop) -> CheckpointSaver:
+    """Make `folder` the one of a run under way: no marker, no log rows that it will write again, its arguments."""
+    with input_errors(f"--output_dir {folder} cannot be written"):
+        for marker in ("DONE", "PREEMPTED"):
+            (folder / marker).unlink(missing_ok=True)
+        cut_json_lines(folder / "log.txt", loop.epoch)
+        write_json_atomic(folder / "config.json", saved_arguments(loop.run.args))
+    return CheckpointSaver(folder, loop.run.args.keep_checkpoints, loop.run.args.max_failed_saves, say)
 
 
 def write_pictures(loop: Loop) -> None:
@@ -977,20 +1025,9 @@ def replay_step(args: argparse.Namespace) -> int:
     return EXIT_NON_FINITE if refused else EXIT_DONE
 
 
-def _found_path(folder: Path) -> Path | None:
-    found = find_checkpoint(folder, say)
-    return None if found is None else found[0]
-
-
-def prepare_folder(folder: Path) -> FolderLock:
-    """Make the output folder, check that it can be written, and lock it. Raises InputError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"--output_dir {folder} cannot be written ({error}); choose another one") from error
+def locked(folder: Path) -> FolderLock:
+    """The output folder: made, tried, and held for this run. Raises InputError."""
+    check_writable(folder, "--output_dir")
     return FolderLock(folder)
 
 
@@ -1042,16 +1079,24 @@ def leave_marker(folder: Path, done: bool, loop: Loop, stop: StopRequest) -> int
     marker = {"epoch": loop.epoch, "iteration": loop.step, "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
     if done:
         if is_main_process():
-            write_json_atomic(folder / "DONE", marker)
+            mark(folder / "DONE", marker)
         say(f"done: {loop.step} steps, {folder / NEWEST}")
         return EXIT_DONE
     if is_main_process():
-        write_json_atomic(folder / "PREEMPTED", {**marker, "signal": stop.name})
+        mark(folder / "PREEMPTED", {**marker, "signal": stop.name})
         if loop.run.args.requeue:
             requeue_slurm_job(say)
     say(f"stopped by {stop.name or 'a signal to another process'} after step {loop.step}; start again to continue")
     # torchrun would take a code other than 0 for a failure and start the workers again.
     return EXIT_DONE if "TORCHELASTIC_RUN_ID" in os.environ else EXIT_PREEMPTED
+
+
+def mark(path: Path, content: dict[str, Any]) -> None:
+    """Write a marker; a disk that fails now, after the last save, costs the marker and not the exit code."""
+    try:
+        write_json_atomic(path, content)
+    except OSError as error:
+        say(f"warning: marker {path} not written ({error}); the last save is whole")
 
 
 def main(argv: list[str] | None = None) -> int:

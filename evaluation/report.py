@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime.checkpoint import write_json_atomic, write_text_atomic
+from runtime.checkpoint import check_writable, write_json_atomic, write_text_atomic
 from runtime.distributed import is_main_process
 from runtime.guards import InputError
 from runtime.log import say
@@ -41,16 +41,8 @@ def output_folder(output_dir: str | Path | None, checkpoint: str | Path | None) 
     Raises InputError where it cannot be written, before anything is computed.
     """
     folder = Path(output_dir) if output_dir else (Path(checkpoint).parent if checkpoint else Path("."))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if is_main_process():
-            probe = folder / f".writable-{datetime.datetime.now().timestamp()}"
-            probe.touch()
-            probe.unlink()
-    except OSError as error:
-        raise InputError(
-            f"results can't be written to {folder} ({error.strerror}): give another --output_dir"
-        ) from None
+    if is_main_process():
+        check_writable(folder, "--output_dir")
     return folder
 
 

@@ -80,6 +80,32 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def append_bytes(path: Path, data: bytes) -> None:
+    """Add `data` to the end of a file, durably, as a whole or not at all: what a failing disk took is taken back."""
+    new = not path.exists()
+    with open(path, "ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(data) != len(data):
+                raise OSError(f"the disk took only a part of {len(data)} bytes")
+            os.fsync(file.fileno())
+        except OSError:
+            os.ftruncate(file.fileno(), size)
+            raise
+    if new:
+        fsync_folder(path.parent)
+
+
+def check_writable(folder: Path, flag: str) -> None:
+    """Make `folder` and write a file in it. Raises InputError naming `flag` where that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(prefix=TEMP_PREFIX, dir=folder) as probe:
+            probe.write(b"x")
+    except OSError as error:
+        raise InputError(f"{flag} {folder} cannot be written ({error}); choose another one") from error
+
+
 def write_text_atomic(path: str | Path, text: str) -> None:
     """Replace a text file as a whole."""
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import argparse
 import builtins
+import contextlib
 import datetime
 import os
 import re
 import socket
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from runtime.guards import InputError
+from runtime.guards import InputError, RunStopped
 
 T = TypeVar("T")
 
@@ -221,6 +222,32 @@ def _join(launch: Launch, backend: str, dist_url: str, timeout_s: float) -> None
             f"{str(error).splitlines()[0]}; if the port is in use set MASTER_PORT (or torchrun --master-port) to a "
             "free one, and check that every process uses one launcher"
         ) from error
+
+
+@contextlib.contextmanager
+def lost_processes() -> Iterator[None]:
+    """Turn the failure of an exchange between processes into `RunStopped` with a message a user can act on.
+
+    gloo tells at once when another process is gone, and after `--timeout` that it hangs; NCCL after `--timeout`.
+    """
+    try:
+        yield
+    except RunStopped:
+        raise
+    except RuntimeError as error:
+        text = str(error).strip().splitlines()
+        lost = isinstance(error, dist.DistError) or any(word in str(error) for word in _LOST)
+        if get_world_size() == 1 or not lost:
+            raise
+        raise RunStopped(
+            f"process {get_rank()} on {socket.gethostname()} waited in vain for another process of the run "
+            f"({text[0] if text else type(error).__name__}). One died, was killed, or hangs longer than --timeout; its "
+            "own output tells why. The last save is whole: start the same command to continue from it"
+        ) from error
+
+
+# Words in the errors of gloo's exchanges, which are plain RuntimeErrors.
+_LOST = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
 
 
 def leave() -> None:

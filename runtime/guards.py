@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import NoReturn
@@ -27,6 +28,10 @@ class RunStopped(RuntimeError):
     """A run cannot go on, for a reason that its message tells; `exit_code` is the program's."""
 
     exit_code = EXIT_FAILED
+
+    def __init__(self, message: str, exit_code: int | None = None) -> None:
+        super().__init__(message)
+        self.exit_code = self.exit_code if exit_code is None else exit_code
 
 
 class SaveError(RunStopped):
@@ -69,4 +74,8 @@ def run_program(main: Callable[[list[str] | None], int | None], argv: list[str] 
     except BrokenPipeError:  # `main_dino.py --help | head`: nobody reads on, so nothing may be flushed at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_DONE
+    if code == EXIT_PREEMPTED:  # schedulers repeat themselves: a second SIGTERM must not turn 75 into a death by signal
+        for name in ("SIGTERM", "SIGUSR1"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
     sys.exit(EXIT_DONE if code is None else code)

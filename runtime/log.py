@@ -1,4 +1,4 @@
-"""What a run tells its user: lines on the terminal, meters, log.txt, TensorBoard.
+"""What a run tells its user: lines on the terminal, meters, log.txt.
 
 Meters take 0-d tensors as they are and read them only when they are asked for a number, so that a training step on a
 GPU never waits for the host.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import sys
 import time
 from collections import defaultdict, deque
@@ -19,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from runtime.checkpoint import finite_json, fsync_folder, write_text_atomic
+from runtime.checkpoint import append_bytes, finite_json, write_text_atomic
 from runtime.distributed import get_world_size, is_dist_avail_and_initialized, is_main_process
 
 T = TypeVar("T")
@@ -289,26 +288,10 @@ class JsonLog:
         self._waiting.append(row)
         try:
             while self._waiting:
-                _append_line(self._path, json.dumps(finite_json(self._waiting[0])))
+                append_bytes(self._path, (json.dumps(finite_json(self._waiting[0])) + "\n").encode())
                 self._waiting.pop(0)
         except OSError as error:
             say(f"warning: {self._path} not written ({error}); {len(self._waiting)} row(s) wait for the next epoch")
-
-
-def _append_line(path: Path, line: str) -> None:
-    new = not path.exists()
-    with open(path, "ab", buffering=0) as file:
-        size = file.seek(0, os.SEEK_END)
-        data = (line + "\n").encode()
-        try:
-            if file.write(data) != len(data):
-                raise OSError("the disk took only a part of the line")
-            os.fsync(file.fileno())
-        except OSError:
-            os.ftruncate(file.fileno(), size)
-            raise
-    if new:
-        fsync_folder(path.parent)
 
 
 def cut_json_lines(path: Path, first_epoch: int) -> int:
@@ -332,29 +315,3 @@ def cut_json_lines(path: Path, first_epoch: int) -> int:
     if len(kept) != len(lines) or not path.read_bytes().endswith((b"\n", b"")):
         write_text_atomic(path, "".join(line + "\n" for line in kept))
     return len(lines) - len(kept)
-
-
-# ------------------------------------------------------------------------------------------------ TensorBoard
-
-
-class TensorBoard:
-    """Scalars under `output_dir/tensorboard`, written by rank 0 only."""
-
-    def __init__(self, folder: Path, first_step: int) -> None:
-        self._writer = None
-        if is_main_process():
-            from tensorboardX import SummaryWriter
-
-            # purge_step makes TensorBoard hide what a killed run wrote beyond the step that is resumed from.
-            self._writer = SummaryWriter(str(folder), purge_step=first_step, flush_secs=30)
-
-    def scalars(self, values: dict[str, float], step: int) -> None:
-        """Write each value under its tag at `step`."""
-        if self._writer is not None:
-            for tag, value in values.items():
-                self._writer.add_scalar(tag, value, step)
-
-    def close(self) -> None:
-        """Flush and close the event file."""
-        if self._writer is not None:
-            self._writer.close()

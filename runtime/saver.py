@@ -7,11 +7,13 @@ kept for good. Older step files are removed only when all this is durable. "Save
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ class CheckpointSaver:
     """Saves a run's state without stalling it for longer than a copy to host memory.
 
     `say` reports each success and failure. A failed save (disk full, folder gone) leaves the last good checkpoint and
-    is tried again at the next save; after `max_failed` in a row `save` or `wait` raises SaveError.
+    is tried again at the next save; after `max_failed` in a row `save`, `wait` or `finish` raises SaveError.
     """
 
     def __init__(self, folder: Path, keep: int, max_failed: int, say: Callable[[str], None]) -> None:
@@ -56,6 +58,21 @@ class CheckpointSaver:
             self._thread = None
             self._judge()
         return self._failed == 0
+
+    def finish(self, save_again: Callable[[], None], pause_s: float = 1.0) -> None:
+        """See the last save through: where it failed, `save_again` until it is good, with growing pauses.
+
+        A run may not call itself done before. Raises SaveError after too many failures, as any save.
+        """
+        while not self.wait():
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 60)
+            save_again()
+
+    def close(self) -> None:
+        """Let a save under way end, whatever becomes of it: its failure has been said, and the run ends anyhow."""
+        with contextlib.suppress(SaveError):
+            self.wait()
 
     def _judge(self) -> None:
         error, self._error = self._error, None

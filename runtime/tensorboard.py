@@ -1,0 +1,87 @@
+"""TensorBoard's scalars, written so that a full disk never stops a run.
+
+The events are those of tensorboardX, but written here: its own writer hands them to a thread through a queue of ten,
+and where the disk fails that thread dies and the training waits for the queue for ever. Here events wait in memory, go
+to the file together every half minute and at every save, and what a failing disk took of them is taken back.
+
+A file is a sequence of records (TFRecord): length, its checksum, an event, its checksum.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+import struct
+import time
+from pathlib import Path
+
+from runtime.checkpoint import append_bytes
+from runtime.distributed import is_main_process
+from runtime.log import say
+
+_MOST_WAITING = 100_000  # events kept while the disk fails; about 30 MB
+_files = itertools.count()  # several boards of one process within one second
+
+
+class TensorBoard:
+    """Scalars under `folder`, written by rank 0 only. TensorBoard hides what an earlier start wrote from `first_step`
+    on, which a resumed run computes again.
+    """
+
+    def __init__(self, folder: Path, first_step: int, every_s: float = 30.0) -> None:
+        self._active = is_main_process()
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}.{next(_files)}"
+        self._path, self._every_s = folder / name, every_s
+        self._flushed = time.monotonic()
+        self._failing = False
+        self._waiting: list[bytes] = []
+        if self._active:
+            from tensorboardX.proto import event_pb2
+
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._waiting += [
+                _record(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2")),
+                _record(event_pb2.Event(wall_time=time.time(), step=first_step, session_log=start)),
+            ]
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Write each value under its tag at `step`, sooner or later."""
+        if not self._active:
+            return
+        from tensorboardX.proto import event_pb2, summary_pb2
+
+        pairs = [summary_pb2.Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        event = event_pb2.Event(wall_time=time.time(), step=step, summary=summary_pb2.Summary(value=pairs))
+        self._waiting.append(_record(event))
+        if time.monotonic() - self._flushed >= self._every_s:
+            self.flush()
+
+    def flush(self) -> None:
+        """Bring to the disk what waits; where that fails, say so once, and keep it for the next time."""
+        if not self._waiting:
+            return
+        self._flushed = time.monotonic()
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            append_bytes(self._path, b"".join(self._waiting))
+        except OSError as error:
+            if not self._failing:
+                say(f"warning: {self._path.parent} not written ({error}); its numbers wait in memory")
+            self._failing = True
+            self._waiting = self._waiting[:2] + self._waiting[2:][-_MOST_WAITING:]
+        else:
+            self._failing = False
+            self._waiting.clear()
+
+    def close(self) -> None:
+        """Write what waits."""
+        self.flush()
+
+
+def _record(event) -> bytes:
+    from tensorboardX.record_writer import masked_crc32c
+
+    data = event.SerializeToString()
+    length = struct.pack("<Q", len(data))
+    return length + struct.pack("<I", masked_crc32c(length)) + data + struct.pack("<I", masked_crc32c(data))
