@@ -1,8 +1,9 @@
 """Signals that ask a run to stop: noticed at once, acted on between two steps.
 
 SIGTERM and SIGUSR1 (schedulers), and the first SIGINT, ask for "finish the step, save, leave". A repeated SIGTERM or
-SIGUSR1 changes nothing; a second SIGINT aborts at once. Handlers only set a flag: whether and when to stop is agreed
-between the ranks by the training step.
+SIGUSR1 changes nothing; a second SIGINT aborts at once, also where the program waits inside a library for a process
+that hangs: after the first one the signal has its meaning of old. Handlers only set a flag: whether and when to stop
+is agreed between the ranks by the training step.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ class StopRequest:
         self._previous.clear()
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.requested and self.name == "SIGINT":
-            raise KeyboardInterrupt
         self.requested = True
-        # A later SIGINT after a SIGTERM counts as the first of its kind, so that one more aborts.
         self.name = signal.Signals(number).name
+        if number == signal.SIGINT:
+            # A handler in Python would wait for the library call that it interrupts; the system does not.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def requeue_slurm_job(say: Callable[[str], None]) -> None:

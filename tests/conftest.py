@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -66,3 +67,16 @@ def cifar10(tmp_path_factory) -> Path:
     """An image-folder root (train/ and val/, class folders) of small real JPEG images."""
     folder = _unpacked("cifar10_12k", tmp_path_factory)
     return folder if folder is not None else _demo_folder(tmp_path_factory.mktemp("small"), 2000, 500, 32)
+
+
+@pytest.fixture(scope="session")
+def small(cifar10, tmp_path_factory) -> Path:
+    """96 training and 40 validation images of two classes, real ones."""
+    root = tmp_path_factory.mktemp("two_classes")
+    for split, count in (("train", 48), ("val", 20)):
+        for folder in sorted((cifar10 / split).iterdir())[:2]:
+            target = root / split / folder.name
+            target.mkdir(parents=True)
+            for image in sorted(folder.iterdir())[:count]:
+                shutil.copy(image, target)
+    return root

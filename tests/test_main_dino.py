@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 import shutil
@@ -18,59 +17,7 @@ from runtime.checkpoint import read_checkpoint
 from runtime.distributed import leave
 from runtime.guards import InputError, NonFiniteError
 from tests import processes
-
-TINY = [
-    "--patch_size", "8", "--embed_dim", "24", "--depth", "2", "--num_heads", "2", "--img_size", "32",
-    "--local_crops_size", "16", "--local_crops_number", "2", "--out_dim", "64", "--batch_size_per_gpu", "16",
-    "--matmul_precision", "highest", "--num_workers", "0", "--warmup_epochs", "1",
-    "--warmup_teacher_temp_epochs", "1", "--drop_path_rate", "0", "--report", "false",
-]  # fmt: skip
-VIT = ["--arch", "vit_small", "--mode", "simpool", *TINY]
-
-
-@pytest.fixture(scope="session")
-def small(cifar10, tmp_path_factory) -> Path:
-    """96 training and 40 validation images of two classes, real ones."""
-    root = tmp_path_factory.mktemp("two_classes")
-    for split, count in (("train", 48), ("val", 20)):
-        for folder in sorted((cifar10 / split).iterdir())[:2]:
-            target = root / split / folder.name
-            target.mkdir(parents=True)
-            for image in sorted(folder.iterdir())[:count]:
-                shutil.copy(image, target)
-    return root
-
-
-def train(*flags) -> int:
-    """main_dino in this process."""
-    try:
-        return main_dino.main([str(flag) for flag in flags])
-    finally:
-        leave()
-
-
-def rows(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
-
-
-def assert_equal_states(one: Path, other: Path) -> None:
-    """Two runs ended bit for bit alike: models, optimizer, center, counters, log lines but for their timings."""
-    a, b = (read_checkpoint(folder / "checkpoint.pth") for folder in (one, other))
-    for key in ("student", "teacher", "dino_loss"):
-        assert a[key].keys() == b[key].keys()
-        for name in a[key]:
-            assert torch.equal(a[key][name], b[key][name]), f"{key} {name}"
-    for i, state in a["optimizer"]["state"].items():
-        for name, value in state.items():
-            assert torch.equal(torch.as_tensor(value), torch.as_tensor(b["optimizer"]["state"][i][name]))
-    assert a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
-    assert (a["epoch"], a["iteration"]) == (b["epoch"], b["iteration"])
-    timings = ("time_s", "images_per_s", "data_wait")
-    for mine, theirs in zip(rows(one), rows(other), strict=True):
-        assert {k: v for k, v in mine.items() if k not in timings} == {
-            k: v for k, v in theirs.items() if k not in timings
-        }
-
+from tests.pretraining import FAMILIES, TINY, VIT, assert_equal_states, rows, train
 
 # ---- arguments
 
@@ -213,20 +160,6 @@ def test_a_batch_that_cannot_be_shared():
 
 
 # ---- runs on real images
-
-FAMILIES = {
-    "vit": VIT,
-    "vit_official": ["--arch", "vit_small", *TINY],
-    "resnet": ["--arch", "resnet18", "--mode", "simpool", "--img_size", "32", "--local_crops_size", "32",
-               "--local_crops_number", "1", "--out_dim", "64", "--batch_size_per_gpu", "16", "--num_workers", "0",
-               "--matmul_precision", "highest", "--report", "false"],
-    "convnext": ["--arch", "convnext_tiny", "--mode", "simpool", "--img_size", "32", "--local_crops_size", "32",
-                 "--local_crops_number", "0", "--out_dim", "64", "--batch_size_per_gpu", "8", "--num_workers", "0",
-                 "--matmul_precision", "highest", "--report", "false"],
-    "timm": ["--arch", "resnet10t", "--mode", "simpool", "--img_size", "32", "--local_crops_size", "32",
-             "--local_crops_number", "0", "--out_dim", "64", "--batch_size_per_gpu", "16", "--num_workers", "0",
-             "--report", "false"],
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FAMILIES)
