@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -232,6 +233,8 @@ def _loader(dataset: Dataset, batch_sampler, num_workers: int, pin_memory: bool,
         worker_init_fn=_start_worker,
         persistent_workers=num_workers > 0,
         prefetch_factor=prefetch_factor if num_workers else None,
+        # Forked workers share the file list with the training process, and end with it whatever ends it.
+        multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
     )
 
 

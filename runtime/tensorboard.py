@@ -63,7 +63,7 @@ class TensorBoard:
             return
         self._flushed = time.monotonic()
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.parent.mkdir(exist_ok=True)  # not its parents: a lost mount must not be replaced by a folder
             append_bytes(self._path, b"".join(self._waiting))
         except OSError as error:
             if not self._failing:

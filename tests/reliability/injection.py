@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import itertools
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
+import torch
+
 import main_dino
+from data.augment import ColourStage
+from distill.losses import DINOLoss
 from runtime import preempt
 
 # Where a run writes to the disk: whole files, and in log.py these functions only (it also prints and counts).
@@ -69,3 +76,132 @@ def note_steps(rank: int, folder: Path) -> None:
         return entered
 
     main_dino.train_step, preempt.StopRequest.__enter__ = train_step, enter
+
+
+# ---- a disk that fails
+
+
+class Disk:
+    """Writes, fsyncs, replaces and links under `folder` fail with `error` while `failing` is true."""
+
+    def __init__(self, folder: Path, error: int = errno.ENOSPC) -> None:
+        self.failing, self._folder, self._error = False, str(folder), error
+        for name in ("mkstemp", "NamedTemporaryFile"):
+            self._wrap(tempfile, name, lambda args, kwargs: kwargs.get("dir"))
+        for name in ("replace", "link", "fsync"):
+            self._wrap(os, name, lambda args, kwargs: args[0])
+
+    def _wrap(self, module: Any, name: str, where: Any) -> None:
+        real = getattr(module, name)
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            place = where(args, kwargs)
+            path = os.readlink(f"/proc/self/fd/{place}") if isinstance(place, int) else str(place)
+            if self.failing and path.startswith(self._folder):
+                raise OSError(self._error, os.strerror(self._error), path)
+            return real(*args, **kwargs)
+
+        setattr(module, name, wrapped)
+
+
+def disk_fails_during(rank: int, folder: Path, steps: range, error: int = errno.ENOSPC) -> None:
+    """From the begin of the first step of `steps` to the begin of the one after the last nothing can be written."""
+    disk, real = Disk(folder, error), main_dino.train_step
+
+    def train_step(run: Any, batches: Any, step: int, *args: Any) -> Any:
+        disk.failing = step in steps
+        return real(run, batches, step, *args)
+
+    main_dino.train_step = train_step
+
+
+def folder_vanishes_during(rank: int, folder: Path, steps: range) -> None:
+    """As a mount that is lost and comes back: for some steps the folder is not there."""
+    hidden, real = folder.with_name("elsewhere"), main_dino.train_step
+
+    def train_step(run: Any, batches: Any, step: int, *args: Any) -> Any:
+        if rank == 0 and (step in steps) != hidden.exists():
+            source, target = (folder, hidden) if step in steps else (hidden, folder)
+            source.rename(target)
+        return real(run, batches, step, *args)
+
+    main_dino.train_step = train_step
+
+
+# ---- numbers that are not finite
+
+
+def nan_loss(rank: int, first: int) -> None:
+    """The loss of rank 1 is NaN from its `first` step on."""
+    real, calls = DINOLoss.step_terms, itertools.count()
+
+    def step_terms(self: DINOLoss, *args: Any) -> Any:
+        loss, *others = real(self, *args)
+        return (loss * float("nan") if rank == 1 and next(calls) >= first else loss), *others
+
+    DINOLoss.step_terms = step_terms
+
+
+def infinite_gradient(rank: int, first: int) -> None:
+    """One gradient of rank 1 is infinite from its `first` step on, while its loss stays finite."""
+    real, calls = DINOLoss.step_terms, itertools.count()
+
+    def step_terms(self: DINOLoss, student_output: Any, *args: Any) -> Any:
+        if rank == 1 and next(calls) >= first:
+            student_output = student_output.clone()
+            student_output.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([0]), float("inf")))
+        return real(self, student_output, *args)
+
+    DINOLoss.step_terms = step_terms
+
+
+def black_images_become_nan(rank: int) -> None:
+    """As a normalisation that divides by an image's brightness: crops that are black all over turn to NaN."""
+    real = ColourStage.__call__
+
+    def colour(self: ColourStage, crops: Any, parameters: Any) -> Any:
+        black = [group.flatten(2).amax(2).view(-1) == 0 for group in crops]  # per resolution (V·B,)
+        return [
+            out.masked_fill(dark[:, None, None, None], float("nan"))
+            for out, dark in zip(real(self, crops, parameters), black, strict=True)
+        ]
+
+    ColourStage.__call__ = colour
+
+
+# ---- memory
+
+
+def note_memory(rank: int, path: Path, every: int) -> None:
+    """Append a line to `path` every `every` steps: step, resident bytes, open file descriptors."""
+    real = main_dino.train_step
+
+    def train_step(run: Any, batches: Any, step: int, *args: Any) -> Any:
+        if step % every == 0:
+            gc.collect()
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            with open(path, "a") as file:
+                file.write(f"{step} {pages * os.sysconf('SC_PAGE_SIZE')} {len(os.listdir('/proc/self/fd'))}\n")
+        return real(run, batches, step, *args)
+
+    main_dino.train_step = train_step
+
+
+# ---- processes
+
+
+def own_group(rank: int) -> None:
+    """Lead a process group, as a program started from a shell does."""
+    os.setpgid(0, 0)
+
+
+def slow_steps(rank: int, first: int, seconds: float) -> None:
+    """Steps from `first` on take `seconds` longer."""
+    real = main_dino.train_step
+
+    def train_step(run: Any, batches: Any, step: int, *args: Any) -> Any:
+        if step >= first:
+            time.sleep(seconds)
+        return real(run, batches, step, *args)
+
+    main_dino.train_step = train_step
