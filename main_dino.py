@@ -58,6 +58,7 @@ from runtime.cli import (
 )
 from runtime.distributed import (
     all_gather_objects,
+    barrier,
     get_rank,
     get_world_size,
     init_distributed_mode,
@@ -1086,6 +1087,7 @@ def leave_marker(folder: Path, done: bool, loop: Loop, stop: StopRequest) -> int
         mark(folder / "PREEMPTED", {**marker, "signal": stop.name})
         if loop.run.args.requeue:
             requeue_slurm_job(say)
+    barrier()  # a launcher may end all processes when the first one leaves with another code than 0
     say(f"stopped by {stop.name or 'a signal to another process'} after step {loop.step}; start again to continue")
     # torchrun would take a code other than 0 for a failure and start the workers again.
     return EXIT_DONE if "TORCHELASTIC_RUN_ID" in os.environ else EXIT_PREEMPTED

@@ -69,3 +69,14 @@ use_environment() { # modules that must be importable beside the requirements, t
     export PYTHON
     echo "using $("$PYTHON" -c 'import sys; print(sys.executable, sys.version.split()[0])')"
 }
+
+use_torchrun() { # after use_environment: leaves ${TORCHRUN[@]}, which hands on the signals of schedulers
+    TORCHRUN=("$PYTHON" -m torch.distributed.run)
+    local flags
+    flags=$("${TORCHRUN[@]}" --help 2>/dev/null)
+    # SIGUSR1 must reach the workers, and 30 seconds are too short for a save. Older torch has neither flag: there
+    # only SIGTERM is handed on.
+    [[ $flags == *--signals-to-handle* ]] && TORCHRUN+=(--signals-to-handle SIGTERM,SIGINT,SIGUSR1)
+    [[ $flags == *--shutdown-timeout* ]] && TORCHRUN+=(--shutdown-timeout 120)
+    return 0
+}

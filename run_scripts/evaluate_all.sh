@@ -16,7 +16,10 @@ cd "$root"
 use_environment || exit 1
 
 launch=("$PYTHON")
-[ "${NPROC:-1}" -gt 1 ] && launch=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC")
+if [ "${NPROC:-1}" -gt 1 ]; then
+    use_torchrun
+    launch=("${TORCHRUN[@]}" --standalone --nproc_per_node "$NPROC")
+fi
 common=(--pretrained_weights "$checkpoint" --data_path "$data" --output_dir "$output")
 batch=(--batch_size_per_gpu "${BATCH:-128}")
 failed=()

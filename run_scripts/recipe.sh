@@ -19,9 +19,10 @@ recipe() {
     use_environment || return 1
     local processes=${NPROC:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
     local launch=("$PYTHON")
-    # SIGTERM and SIGUSR1 reach the workers, which save and leave; torchrun's own 30 seconds are too short for a save.
-    [ "$processes" -gt 1 ] && launch=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$processes"
-        --signals-to-handle SIGTERM,SIGINT,SIGUSR1)
+    if [ "$processes" -gt 1 ]; then
+        use_torchrun
+        launch=("${TORCHRUN[@]}" --standalone --nproc_per_node "$processes")
+    fi
     cd "$root"
     set -x
     exec "${launch[@]}" main_dino.py --data_path "$DATA" --output_dir "$out" --global_batch_size "$global_batch" "$@"

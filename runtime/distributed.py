@@ -108,8 +108,9 @@ def _from_slurm(env: Mapping[str, str]) -> Launch:
             local_rank=_number(env, "SLURM_LOCALID", "SLURM"),
             launcher="slurm",
             address=env.get("MASTER_ADDR") or first_host(nodes),
-            # Every process computes the same port from the job's numbers; two jobs on a node get different ones.
-            port=int(env["MASTER_PORT"]) if "MASTER_PORT" in env else 20000 + (job * 31 + step * 7) % 40000,
+            # Every process computes the same port from the job's numbers, below those that systems hand out to
+            # connections; two jobs on a node get different ones.
+            port=int(env["MASTER_PORT"]) if "MASTER_PORT" in env else 20000 + (job * 31 + step * 7) % 12000,
         )
     )
 
@@ -129,7 +130,7 @@ def _from_openmpi(env: Mapping[str, str]) -> Launch:
             local_rank=_number(env, "OMPI_COMM_WORLD_LOCAL_RANK", "OpenMPI"),
             launcher="openmpi",
             address=address,
-            port=int(env["MASTER_PORT"]) if "MASTER_PORT" in env else 20000 + zlib.crc32(job.encode()) % 40000,
+            port=int(env["MASTER_PORT"]) if "MASTER_PORT" in env else 20000 + zlib.crc32(job.encode()) % 12000,
         )
     )
 
@@ -143,8 +144,11 @@ def first_host(node_list: str) -> str:
     return prefix + (number or "") + (suffix or "")
 
 
-def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
-    """`auto` takes CUDA, then MPS, then the CPU. Raises InputError for a device that is not there."""
+def choose_device(name: str = "auto", local_rank: int = 0, one_each: bool = False) -> torch.device:
+    """`auto` takes CUDA, then MPS, then the CPU. Raises InputError for a device that is not there.
+
+    one_each: the launcher may show each process its own GPU only (srun --gpus-per-task 1), which then is number 0.
+    """
     if name == "auto":
         if torch.cuda.is_available():
             name = "cuda"
@@ -157,7 +161,7 @@ def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     except RuntimeError:
         raise InputError(f"--device {name!r} is unknown; use auto, cuda, cuda:N, mps or cpu") from None
     if device.type == "cuda":
-        return _cuda_device(device, local_rank)
+        return _cuda_device(device, 0 if one_each and torch.cuda.device_count() == 1 else local_rank)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise InputError("--device mps was asked for, but this machine has no MPS; use --device auto or cpu")
     if device.type not in ("cpu", "mps"):
@@ -185,7 +189,7 @@ def init_distributed_mode(args: argparse.Namespace) -> None:
     function does with `args.dist_url`. Calling it again in one process keeps the group that is there.
     """
     launch = launch_environment(os.environ)
-    device = choose_device(getattr(args, "device", None) or "auto", launch.local_rank)
+    device = choose_device(getattr(args, "device", None) or "auto", launch.local_rank, launch.launcher == "slurm")
     args.rank, args.world_size, args.gpu = launch.rank, launch.world_size, launch.local_rank
     args.distributed = launch.world_size > 1
     args.launcher = launch.launcher

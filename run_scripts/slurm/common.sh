@@ -1,0 +1,50 @@
+# Sourced by the batch scripts here: Python, meeting point, and `launch PROGRAM flags...`, which runs a program on every
+# task of the job. From the environment: OUT (output folder), DATA (images), LAUNCHER (srun, or torchrun).
+#
+# NCCL needs no setting where its own choice of network is right. If ranks cannot connect, or too slowly, name the
+# interface: NCCL_SOCKET_IFNAME=ib0 (or eth0 ...), NCCL_IB_HCA=mlx5 for the InfiniBand adapters; NCCL_DEBUG=INFO prints
+# what it chose. Exported before sbatch they reach every task.
+
+root=${SLURM_SUBMIT_DIR:-$PWD}
+if [ ! -f "$root/main_dino.py" ]; then
+    echo "submit from the project's folder: $root holds no main_dino.py" >&2
+    exit 2
+fi
+for name in OUT DATA; do
+    if [ -z "${!name:-}" ]; then
+        echo "set $name, for instance: DATA=/path/to/imagenet OUT=output/run sbatch $0" >&2
+        exit 2
+    fi
+done
+cd "$root"
+source "$root/run_scripts/environment.sh"
+use_environment
+mkdir -p "$OUT/logs"
+
+# The first node is where the ranks meet; the port follows from the job's number, below those that systems hand out.
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_PORT=$((20000 + SLURM_JOB_ID * 31 % 12000))
+export MASTER_ADDR MASTER_PORT
+[ -n "${SLURM_CPUS_PER_TASK:-}" ] && export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun no longer takes it from sbatch
+
+launch() { # program, flags...
+    local tasks_per_node=${SLURM_NTASKS_PER_NODE:-$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))}
+    # One file per rank (per node under torchrun), continued when the job is requeued.
+    local step=(--kill-on-bad-exit=1 --open-mode=append --output="$OUT/logs/%x-%t.txt")
+    echo "$(date -Is) job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start $((${SLURM_RESTART_COUNT:-0} + 1)): $*"
+    if [ "${LAUNCHER:-srun}" = torchrun ]; then
+        use_torchrun
+        srun "${step[@]}" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 "${TORCHRUN[@]}" \
+            --nnodes "$SLURM_JOB_NUM_NODES" --nproc_per_node "$tasks_per_node" --rdzv_backend c10d \
+            --rdzv_id "$SLURM_JOB_ID" --rdzv_endpoint "$MASTER_ADDR:$MASTER_PORT" "$@"
+    else
+        srun "${step[@]}" "$PYTHON" "$@"
+    fi
+}
+
+require_done() { # a preempted job may end well too: only the marker tells that the pretraining is complete
+    if [ ! -e "$OUT/DONE" ]; then
+        echo "$OUT holds no DONE: its pretraining is not complete, so there is nothing to evaluate yet" >&2
+        exit 1
+    fi
+}

@@ -1,0 +1,165 @@
+"""Submit a pretraining to SLURM, and its evaluations behind it.
+
+    python run_scripts/submit.py --nodes 2 --ngpus 8 --eval_knn -- --arch vit_small --mode simpool \\
+        --data_path /path/to/imagenet --output_dir output/vit_small
+
+What stands behind `--` goes to main_dino.py. The batch scripts are those of run_scripts/slurm with the options given
+here; they are written to OUTPUT_DIR/slurm, so that what ran can be read, and submitted again, later. Evaluations start
+when the pretraining has ended well (`--dependency=afterok`), and look for its marker DONE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+EVALUATIONS = ("eval_knn", "eval_linear")
+
+
+def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Options for SLURM, and main_dino.py's flags behind `--`."""
+    own, flags = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        usage="submit.py [options] -- FLAGS OF main_dino.py",
+    )  # fmt: skip
+    parser.add_argument("--nodes", type=int, default=1, help="nodes (default 1)")
+    parser.add_argument("--ngpus", type=int, default=8, help="GPUs, and tasks, per node; 0 for CPU tasks (default 8)")
+    parser.add_argument("--tasks", type=int, help="tasks per node where there are no GPUs (default 1)")
+    parser.add_argument("--cpus_per_task", type=int, default=10, help="cores per task, loader workers (default 10)")
+    parser.add_argument("--time", default="24:00:00", help="time limit of a start; the job requeues itself (24:00:00)")
+    parser.add_argument("--signal_s", type=int, default=120, help="seconds before the limit to save (default 120)")
+    for name, what in (
+        ("partition", "partition"),
+        ("account", "account"),
+        ("qos", "quality of service"),
+        ("constraint", "node features"),
+        ("mem", "memory per node"),
+        ("job_name", "name (pretrain)"),
+    ):
+        parser.add_argument(f"--{name}", help=what)  # fmt: skip
+    parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION=VALUE", help="any other of sbatch's")
+    parser.add_argument("--launcher", choices=("srun", "torchrun"), default="srun", help="who starts the processes")
+    parser.add_argument("--eval_knn", action="store_true", help="k-NN when the pretraining is done")
+    parser.add_argument("--eval_linear", action="store_true", help="linear probes when the pretraining is done")
+    parser.add_argument("--dry_run", action="store_true", help="print the scripts and commands, and submit nothing")
+    args = parser.parse_args(own)
+    for name in ("nodes", "cpus_per_task", "signal_s"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: must be at least 1")
+    if args.ngpus < 0 or (args.tasks is not None and args.tasks < 1):
+        parser.error(f"--ngpus {args.ngpus} --tasks {args.tasks}: must be 0 or more GPUs, 1 or more tasks")
+    if args.ngpus and args.tasks not in (None, args.ngpus):
+        parser.error(f"--tasks {args.tasks} with --ngpus {args.ngpus}: there is one task per GPU; leave --tasks out")
+    for option in args.sbatch:
+        if "=" not in option:
+            parser.error(f"--sbatch {option}: give OPTION=VALUE, as in --sbatch exclude=node7")
+    if not flags:
+        parser.error("main_dino.py's flags are missing; they stand behind --")
+    return args, flags
+
+
+def taken_out(flags: list[str], name: str) -> tuple[str | None, list[str]]:
+    """The value of a flag of main_dino.py (`--name value`, `--name=value`, dashes too), and the flags without it."""
+    value, rest, i = None, [], 0
+    spellings = {f"--{name}", f"--{name.replace('_', '-')}"}
+    while i < len(flags):
+        flag, equals, inline = flags[i].partition("=")
+        if flag not in spellings:
+            rest.append(flags[i])
+        elif equals:
+            value = inline
+        else:
+            i += 1
+            value = flags[i] if i < len(flags) else None
+        i += 1
+    return value, rest
+
+
+def sbatch_options(args: argparse.Namespace, kind: str) -> dict[str, str]:
+    """Options of sbatch that are given here, by name; they replace those of the script in run_scripts/slurm."""
+    tasks = args.ngpus or args.tasks or 1
+    options = {"nodes": args.nodes, "ntasks-per-node": tasks, "cpus-per-task": args.cpus_per_task, "time": args.time}
+    options["gpus-per-node"] = args.ngpus or None
+    for name in ("partition", "account", "qos", "constraint", "mem"):
+        if getattr(args, name) is not None:
+            options[name] = getattr(args, name)
+    options["job-name"] = (args.job_name or "pretrain") if kind == "pretrain" else f"{args.job_name or ''}{kind}"
+    if kind == "pretrain":
+        options["signal"] = f"USR1@{args.signal_s}"
+    options |= dict(option.lstrip("-").split("=", 1) for option in args.sbatch)
+    return {name: None if value is None else str(value) for name, value in options.items()}
+
+
+def batch_script(kind: str, options: dict[str, str], variables: dict[str, str], flags: list[str]) -> str:
+    """run_scripts/slurm/KIND.sbatch with these options, variables and flags written in; None takes an option out."""
+    head, body, left = [], [], dict(options)
+    for line in (ROOT / "run_scripts" / "slurm" / f"{kind}.sbatch").read_text().splitlines():
+        if line.startswith("#SBATCH --"):
+            name = line.removeprefix("#SBATCH --").split("=")[0]
+            value = left.pop(name) if name in left else line.removeprefix("#SBATCH --").partition("=")[2]
+            if value is not None:
+                head.append(f"#SBATCH --{name}={value}" if value else f"#SBATCH --{name}")
+        elif not line.startswith("#"):
+            body.append(line)
+    head += [f"#SBATCH --{name}={value}" for name, value in left.items() if value is not None]
+    export = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+    return "\n".join(["#!/usr/bin/env bash", *head, *export, f"set -- {shlex.join(flags)}", *body]) + "\n"
+
+
+def plan(args: argparse.Namespace, flags: list[str]) -> list[tuple[str, Path, str]]:
+    """(kind, path, content) of the scripts to submit, the pretraining first."""
+    out, flags = taken_out(flags, "output_dir")
+    data, flags = taken_out(flags, "data_path")
+    if not out or not data:
+        missing = "--output_dir" if not out else "--data_path"
+        sys.exit(f"error: {missing} is missing among main_dino.py's flags; they stand behind --")
+    data = str(Path(data).resolve()) if Path(data).exists() else data
+    folder = Path(out).resolve()
+    variables = {"OUT": str(folder), "DATA": data, "LAUNCHER": args.launcher}
+    kinds = ["pretrain", *(kind for kind in EVALUATIONS if getattr(args, kind))]
+    scripts = []
+    for kind in kinds:
+        options = sbatch_options(args, kind) | {"output": str(folder / "slurm" / f"{kind}-%j.out")}
+        own = flags if kind == "pretrain" else []
+        scripts.append((kind, folder / "slurm" / f"{kind}.sbatch", batch_script(kind, options, variables, own)))
+    return scripts
+
+
+def submit(path: Path, after: str | None) -> str:
+    """Hand a script to sbatch; the job's number."""
+    command = ["sbatch", "--parsable", *([f"--dependency=afterok:{after}"] if after else []), str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        sys.exit(f"error: {shlex.join(command)} failed: {done.stderr.strip()}")
+    return done.stdout.strip().split(";")[0]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The program."""
+    args, flags = parse_arguments(sys.argv[1:] if argv is None else argv)
+    scripts = plan(args, flags)
+    if args.dry_run:
+        for _, path, content in scripts:
+            print(f"== {path}\n{content}")
+        return 0
+    if shutil.which("sbatch") is None:
+        sys.exit("error: sbatch is not on this machine's PATH; run this on a login node of the cluster, or --dry_run")
+    pretraining = None
+    for kind, path, content in scripts:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+        job = submit(path, pretraining)
+        print(f"{kind}: job {job}, {os.path.relpath(path)}" + (f", after {pretraining}" if pretraining else ""))
+        pretraining = pretraining or job
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
