@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import weakref
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,10 +35,18 @@ class FolderLock:
         self._file.truncate(0)
         self._file.write(json.dumps(_this_process()).encode())
         self._file.flush()
+        # The lock belongs to the open file, which a forked loader worker shares and may outlive its parent with.
+        reference = weakref.ref(self)
+        os.register_at_fork(after_in_child=lambda: _forget(reference()))
 
     def release(self) -> None:
         """Free the lock."""
         self._file.close()
+
+
+def _forget(lock: FolderLock | None) -> None:
+    if lock is not None:
+        lock.release()
 
 
 def _this_process() -> dict[str, object]:

@@ -111,6 +111,23 @@ def test_the_lock_names_its_holder_and_dies_with_it(tmp_path):
     FolderLock(tmp_path).release()
 
 
+def test_the_lock_is_not_held_by_forked_workers(tmp_path):
+    """A loader worker that outlives its killed parent for a while does not keep the folder locked."""
+    code = f"from runtime.lock import FolderLock; from pathlib import Path; l = FolderLock(Path({str(tmp_path)!r})); " \
+           "import os, time; pid = os.fork(); print(pid, flush=True) if pid else None; time.sleep(60)"  # fmt: skip
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    worker = int(holder.stdout.readline())
+    with pytest.raises(InputError, match="another run is using"):
+        FolderLock(tmp_path)
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    try:
+        FolderLock(tmp_path).release()
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
 def test_stop_signals():
     """TERM and USR1 are noted, however often; the first INT too, a second would abort; handlers are put back."""
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
