@@ -38,7 +38,7 @@ from data.datasets import check_same_classes, open_images
 from data.loader import CropBatch, TrainSet, ahead_on_device, build_train_loader
 from data.sampler import TrainSampler
 from data.source import ImageSource
-from distill import optim, recipes
+from distill import optim, recipes, sharding
 from distill.batchnorm import RunningStatistics
 from distill.heads import DINOHead
 from distill.losses import DINOLoss
@@ -92,7 +92,7 @@ __all__ = ["DINOLoss", "DataAugmentationDINO", "get_args_parser", "train_dino"]
 # the global batch is among them; the global batch itself is compared as `global_batch`.
 COSMETIC = {
     "allow_changed_args", "backend", "batch_size_per_gpu", "checkpoint_every_minutes", "checkpoint_every_steps",
-    "compile", "config", "data_path", "deterministic", "device", "dist_url", "dry_run", "eval_every",
+    "compile", "config", "data_path", "deterministic", "device", "dist_url", "dry_run", "eval_every", "fsdp",
     "global_batch_size", "grad_accum", "grad_checkpointing", "init_from", "keep_checkpoints", "local_rank",
     "max_bad_fraction", "max_bad_steps", "max_failed_saves", "max_steps", "nb_knn", "num_workers", "on_bad_image",
     "output_dir", "recipe", "replay", "report", "requeue", "saveckp_freq", "temperature", "timeout", "use_fp16",
@@ -164,6 +164,9 @@ def _add_training_flags(group: argparse._ArgumentGroup) -> None:
     add_flag(group, "--max_steps", type=int, help="stop after that many steps (a smoke run); the schedules stay")
     add_flag(group, "--grad_checkpointing", type=bool_flag, default=False,
              help="recompute the student's activations in backward: less memory, about a third more time")  # fmt: skip
+    add_flag(group, "--fsdp", type=bool_flag, default=False,
+             help="shard both models over the processes (FSDP2) instead of copying them to each: for models that "
+                  "outgrow one device")  # fmt: skip
     add_flag(group, "--compile", type=bool_flag, default=False, help="torch.compile the backbones")
     add_flag(group, "--amp", default="auto", choices=hardware.AMP_CHOICES,
              help="autocast; auto: bf16 on CUDA (fp16 where it lacks it), none elsewhere")  # fmt: skip
@@ -346,8 +349,9 @@ class Pretraining:
 
     args: argparse.Namespace
     choice: hardware.Choice
-    student: nn.Module  # MultiCropWrapper, in DistributedDataParallel where there are several processes
-    teacher: MultiCropWrapper
+    student: nn.Module  # MultiCropWrapper; of several processes in DistributedDataParallel, or sharded
+    teacher: MultiCropWrapper  # sharded where the student is
+    teacher_skeleton: MultiCropWrapper | None  # where sharded: what a whole copy is made from
     loss: DINOLoss
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -364,6 +368,12 @@ class Pretraining:
     def bare_student(self) -> nn.Module:
         """The student without DistributedDataParallel, whose names are those of the teacher."""
         return self.student.module if isinstance(self.student, DistributedDataParallel) else self.student
+
+    def whole_teacher(self) -> MultiCropWrapper:
+        """The teacher for anything but a step; a copy where it is sharded, which all processes must ask for."""
+        if self.teacher_skeleton is None:
+            return self.teacher
+        return sharding.whole_copy(self.teacher, self.teacher_skeleton, self.choice.device)
 
     @property
     def global_batch(self) -> int:
@@ -452,19 +462,18 @@ def build_pretraining(args: argparse.Namespace, images: int, device: torch.devic
     """Models, loss, optimizer and schedules for a data set of `images` images. Raises InputError."""
     batch_size, accum = split_batch(args, get_world_size())
     sampler = TrainSampler(images, batch_size, accum, args.seed, get_rank(), get_world_size())
-    convolutional = recipes.family(args.arch) != "vit"
-    choice = hardware.choose(device, args.amp, args.matmul_precision, convolutional)
+    if args.fsdp:
+        sharding.check_can_shard(device, args.optimizer, args.compile)
+    channels_last = recipes.family(args.arch) != "vit" and not args.fsdp  # slices are cut from contiguous parameters
+    choice = hardware.choose(device, args.amp, args.matmul_precision, channels_last)
     fix_random_seeds(args.seed)
     student, teacher = build_models(args)
-    for module in (student, teacher):
-        module.to(device, memory_format=choice.memory_format)
     if args.grad_checkpointing:
         student.backbone.set_grad_checkpointing(True)
     if args.compile:  # in place, so that names in checkpoints stay
         student.backbone.compile()
         teacher.backbone.compile()
-    if get_world_size() > 1:
-        student, teacher = parallel(student, teacher, device)
+    student, teacher, skeleton = place(student, teacher, choice, args.fsdp)
     loss = DINOLoss(
         args.out_dim,
         args.local_crops_number + 2,
@@ -478,6 +487,7 @@ def build_pretraining(args: argparse.Namespace, images: int, device: torch.devic
         choice=choice,
         student=student,
         teacher=teacher,
+        teacher_skeleton=skeleton,
         loss=loss,
         optimizer=optim.build_optimizer(args.optimizer, optim.get_params_groups(student)),
         scaler=torch.amp.GradScaler(device.type, enabled=choice.amp == "fp16"),
@@ -548,18 +558,32 @@ def watch_strided_convolutions(model: nn.Module) -> tuple[list[nn.Module], list[
     return met, [layer.register_forward_hook(look) for layer in strided]
 
 
-def parallel(
-    student: MultiCropWrapper, teacher: MultiCropWrapper, device: torch.device
-) -> tuple[DistributedDataParallel, MultiCropWrapper]:
-    """The student in DistributedDataParallel; BatchNorm over all ranks where the device can."""
-    if optim.has_batchnorms(student):
+def place(
+    student: MultiCropWrapper, teacher: MultiCropWrapper, choice: hardware.Choice, fsdp: bool
+) -> tuple[nn.Module, MultiCropWrapper, MultiCropWrapper | None]:
+    """Both models on the device, and between processes the student in DistributedDataParallel or both sharded.
+
+    BatchNorm is over all ranks where the device can. The third is the sharded teacher's skeleton.
+    """
+    device = choice.device
+    if get_world_size() > 1 and optim.has_batchnorms(student):
         if device.type == "cuda":
             student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
             teacher = nn.SyncBatchNorm.convert_sync_batchnorm(teacher)
         else:
             say(f"note: BatchNorm sees each process's own batch; SyncBatchNorm needs CUDA, not {device.type}")
-    ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(student, device_ids=ids, gradient_as_bucket_view=True), teacher
+    if fsdp:
+        skeleton = sharding.skeleton(teacher)
+        sharding.shard(student, device)
+        sharding.shard(teacher, device)
+        choice.lines.append(sharding.description(student))
+        return student, teacher, skeleton
+    for module in (student, teacher):
+        module.to(device, memory_format=choice.memory_format)
+    if get_world_size() > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        student = DistributedDataParallel(student, device_ids=ids, gradient_as_bucket_view=True)
+    return student, teacher, None
 
 
 def build_schedules(args: argparse.Namespace, global_batch: int, steps_per_epoch: int) -> dict[str, np.ndarray]:
@@ -600,7 +624,7 @@ class Loop:
     # ---- state
 
     def state(self) -> dict[str, Any]:
-        """The checkpoint: DINO's keys, and what an exact resume needs beside them."""
+        """The checkpoint: DINO's keys, and what an exact resume needs beside them; all processes must ask for it."""
         run = self.run
         state = {
             "student": {f"module.{name}": value for name, value in run.bare_student.state_dict().items()},
@@ -616,7 +640,7 @@ class Loop:
         }
         if run.scaler.is_enabled():
             state["fp16_scaler"] = run.scaler.state_dict()
-        return state
+        return sharding.gathered(state)
 
     def load(self, state: dict[str, Any], path: Path) -> None:
         """Continue from a checkpoint of this run. Raises InputError where the run has become another one."""
@@ -631,13 +655,15 @@ class Loop:
             seen = (self.step - self.epoch * state["config"]["steps_per_epoch"]) * before
             self.step = self.epoch * run.steps_per_epoch + min(seen // run.global_batch, run.steps_per_epoch)
 
-    def save(self, saver: CheckpointSaver | None, board: TensorBoard, keep: bool = False) -> None:
-        """Begin to save the state, on rank 0."""
+    def save(self, saver: CheckpointSaver | None, board: TensorBoard, keep: bool = False) -> dict[str, Any]:
+        """Begin to save the state, on rank 0; returns it."""
         self.read_results(everything=True)
         board.flush()  # before the save: what it will not compute again must be on the disk
+        state = self.state()
         if saver is not None:
             with self.held_back():
-                saver.save(self.state(), self.step, f"checkpoint{self.epoch:04d}.pth" if keep else None)
+                saver.save(state, self.step, f"checkpoint{self.epoch:04d}.pth" if keep else None)
+        return state
 
     @contextlib.contextmanager
     def held_back(self) -> Iterator[None]:
@@ -659,10 +685,10 @@ class Loop:
 
     def finish(self, saver: CheckpointSaver | None, board: TensorBoard, done: bool) -> bool:
         """Save for the last time and see it through, on all processes; returns `done`."""
-        self.save(saver, board)
+        state = self.save(saver, board)
         if saver is not None:
             with self.held_back():
-                saver.finish(lambda: self.save(saver, board), pause_s=1.0 if done else 0.0)
+                saver.finish(lambda: saver.save(state, self.step), pause_s=1.0 if done else 0.0)
         self.share_failure()
         return done
 
@@ -771,10 +797,11 @@ class Loop:
         """A checkpoint with the images of a refused step, by rank; the state is still the one before the step."""
         path = self.folder / f"replay_step{step:08d}.pth"
         indices = all_gather_objects(self.recent.get(step, []))
+        state = self.state()
         if is_main_process():
             names = [[[self.train.name(i) for i in batch] for batch in rank] for rank in indices]
             try:
-                save_checkpoint({**self.state(), "replay": {"step": step, "images": indices, "names": names}}, path)
+                save_checkpoint({**state, "replay": {"step": step, "images": indices, "names": names}}, path)
             except (OSError, RuntimeError) as error:  # the run stops for a better reason than this one
                 say(f"warning: {path} could not be written ({error}); the images of step {step} were {names}")
         return path
@@ -832,10 +859,11 @@ class Loop:
 
     def monitor(self, board: TensorBoard) -> dict[str, float]:
         """Signs of collapse in the teacher, with a plain warning where they say so; on rank 0."""
+        teacher = self.run.whole_teacher()
         if self.probe is None:
             return {}
         loss = self.run.loss
-        values = monitors.monitor(self.run.teacher, self.probe, loss.center, loss.teacher_temp(self.epoch))
+        values = monitors.monitor(teacher, self.probe, loss.center, loss.teacher_temp(self.epoch))
         board.scalars({f"monitor/{name}": value for name, value in values.items()}, self.step)
         warning = monitors.collapse_warning(values, self.run.args.out_dim)
         if warning:
@@ -846,7 +874,7 @@ class Loop:
         """k-NN of the teacher, {k: {top1, top5}} in percent."""
         run, args = self.run, self.run.args
         results = knn.evaluate(
-            run.teacher.backbone, self.train, self.val, args.nb_knn, args.temperature,
+            run.whole_teacher().backbone, self.train, self.val, args.nb_knn, args.temperature,
             device=run.choice.device, img_size=args.img_size, num_workers=args.num_workers,
             amp_dtype=run.choice.amp_dtype,
         )  # fmt: skip
@@ -858,9 +886,10 @@ class Loop:
 
 def load_training_state(run: Pretraining, state: dict[str, Any]) -> None:
     """Student, teacher, optimizer, center and scaler of a checkpoint."""
-    run.bare_student.load_state_dict({name.removeprefix("module."): value for name, value in state["student"].items()})
-    run.teacher.load_state_dict(state["teacher"])
-    run.optimizer.load_state_dict(state["optimizer"])
+    student = {name.removeprefix("module."): value for name, value in state["student"].items()}
+    sharding.load_model(run.bare_student, student)
+    sharding.load_model(run.teacher, state["teacher"])
+    sharding.load_optimizer(run.optimizer, state["optimizer"])
     run.loss.load_state_dict(state["dino_loss"])
     if run.scaler.is_enabled() and "fp16_scaler" in state:
         run.scaler.load_state_dict(state["fp16_scaler"])
@@ -960,8 +989,10 @@ def _train_in(folder: Path, args: argparse.Namespace, stop: StopRequest) -> int:
         board.close()
         if saver is not None:
             saver.close()
-    if done and args.report and is_main_process():
-        write_pictures(loop)
+    if done and args.report:
+        teacher = run.whole_teacher()
+        if is_main_process():
+            write_pictures(loop, teacher.backbone)
     return leave_marker(folder, done, loop, stop)
 
 
@@ -984,13 +1015,13 @@ def open_run(folder: Path, loop: Loop) -> CheckpointSaver:
     return CheckpointSaver(folder, loop.run.args.keep_checkpoints, loop.run.args.max_failed_saves, say)
 
 
-def write_pictures(loop: Loop) -> None:
+def write_pictures(loop: Loop, backbone: nn.Module) -> None:
     """The report of a finished run: attention maps of its probe images, curves, report.html."""
     from evaluation import attention, report
 
     if loop.probe is not None:
         try:
-            attention.attention_figure(loop.run.teacher.backbone, loop.probe[:6], loop.folder / "attention.png")
+            attention.attention_figure(backbone, loop.probe[:6], loop.folder / "attention.png")
         except ValueError as error:
             say(f"no attention maps: {error}")
     say(f"report: {report.write_report(loop.folder)}")
@@ -1006,6 +1037,7 @@ def replay_step(args: argparse.Namespace) -> int:
         raise InputError(f"--replay {args.replay} is no replay file; they are named replay_stepNNNNNNNN.pth")
     saved, replay = argparse.Namespace(**{**vars(args), **content["args"]}), content["replay"]
     saved.device, saved.max_steps, saved.global_batch_size, saved.grad_accum = args.device, None, None, 1
+    saved.fsdp = False  # one process
     if args.sources.get("data_path") == "flag":
         saved.data_path = args.data_path
     saved.batch_size_per_gpu = len(replay["images"][0][0])

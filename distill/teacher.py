@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from distill.sharding import local
+
 
 class ParameterAverage:
     """teacher <- m · teacher + (1 - m) · student, over parameters matched by name, all in one fused call.
 
+    Of sharded models each process averages its own slices, which are cut alike in both.
     Raises ValueError where a teacher's parameter has no counterpart in the student.
     """
 
@@ -18,8 +21,8 @@ class ParameterAverage:
         missing = [name for name, _ in pairs if name not in source]
         if missing:
             raise ValueError(f"the student has no parameter for the teacher's {', '.join(missing[:5])}")
-        self._teacher: list[Tensor] = [p for _, p in pairs]
-        self._student: list[Tensor] = [source[name] for name, _ in pairs]
+        self._teacher: list[Tensor] = [local(p) for _, p in pairs]
+        self._student: list[Tensor] = [local(source[name]) for name, _ in pairs]
 
     @torch.no_grad()
     def update(self, momentum: float, skip: Tensor | None = None) -> None:

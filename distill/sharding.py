@@ -1,0 +1,197 @@
+"""Student and teacher sharded over the processes (FSDP2), for models that outgrow one device.
+
+Each process holds a slice along the first dimension of every parameter, of its gradient, and of the optimizer's
+numbers; a block's whole parameters exist only while the block computes. Built on torch's `fully_shard` (Zhao et al.,
+"PyTorch FSDP", VLDB 2023). DDP's mathematics is unchanged: gradients are averaged over the processes, and the average
+of the teacher and AdamW work on slices as they would on the whole; norms (clipping, LARS) are summed over slices.
+
+What is decided here, and why:
+
+- A unit is a block: an element of the backbone's ModuleLists or Sequentials that has parts of its own. What remains of
+  the backbone is one more unit, and the head another, so that the backbone can be called without the head. The head is
+  sharded as well: with K = 65536 it is 22 M parameters beside a ViT-B's 86 M. Its prototypes are read in its own
+  forward, where they are whole; a loss that reads `last_layer.weight` outside (fused_loss.fused_dino_loss) must not be
+  combined with sharding, and the training step does not.
+- Gradients are reduced after every forward of a step, not once at its end: twice for crops of two sizes, and in each
+  micro-batch of an accumulated step. The sum is the same but for its rounding, and to put it off would take memory for
+  the whole gradient on every process.
+- Whole parameters are released after every forward, those of the root units too. FSDP keeps the latter for the
+  backward pass, which a teacher never has: its next forward would use the parameters from before the average.
+- Checkpoints hold whole tensors (`gathered`), so they are the same as without sharding, and each process takes its
+  slices of one (`load_model`, `load_optimizer`).
+- What is not a training step (k-NN, monitors, pictures) gets a whole copy of the teacher (`whole_copy`): the processes
+  go through different numbers of batches there, and a sharded forward needs all of them every time.
+
+Parameters stay float32 and autocast works as without sharding; it keeps each block's cast weights for the backward
+pass, 2 bytes per parameter, unless gradient checkpointing is on.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from runtime.distributed import get_rank, get_world_size, is_main_process
+from runtime.guards import InputError
+
+
+def check_can_shard(device: torch.device, optimizer: str, compiled: bool) -> None:
+    """Raise InputError where sharding is impossible or untried, before anything is built."""
+    if get_world_size() == 1:
+        raise InputError(
+            "--fsdp true needs several processes to share the model; start with torchrun --nproc_per_node N, or leave "
+            "--fsdp out (a sharded run's checkpoints continue without it)"
+        )
+    if compiled:
+        raise InputError("--fsdp true with --compile true is not supported; leave one of them out")
+    if optimizer == "sgd":
+        raise InputError("--fsdp true: torch's fused SGD does not work on slices; use --optimizer adamw or lars")
+    if device.type not in ("cuda", "cpu"):
+        raise InputError(f"--fsdp true works on CUDA and CPU, not on {device.type}; leave it out")
+    try:
+        from torch.distributed.fsdp import fully_shard  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"--fsdp true needs torch 2.6 or later; this is {torch.__version__}") from error
+
+
+# ------------------------------------------------------------------------------------------------ sharding
+
+
+def shard(model: nn.Module, device: torch.device) -> None:
+    """Shard a MultiCropWrapper in place and move it to `device`, unit by unit: it need never be there as a whole.
+
+    Raises InputError where a parameter has no dimension to be cut along.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    scalars = [name for name, parameter in model.named_parameters() if parameter.ndim == 0]
+    if scalars:
+        raise InputError(f"--fsdp true: {', '.join(scalars[:3])} of this model has no dimension to cut; leave it out")
+    for parameter in model.parameters():
+        parameter.data = parameter.data.contiguous()
+    mesh = init_device_mesh(device.type, (get_world_size(),))
+    for unit in [*units(model.backbone), model.backbone, model.head]:
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        for root in (model.backbone, model.head):
+            root.register_forward_hook(lambda module, inputs, output: module.reshard())
+
+
+def units(backbone: nn.Module) -> Iterator[nn.Module]:
+    """The backbone's blocks: elements of ModuleLists and Sequentials that have parts of their own, outermost first."""
+    for module in backbone.children():
+        if isinstance(module, nn.ModuleList | nn.Sequential):
+            for element in module:
+                if isinstance(element, nn.ModuleList | nn.Sequential):
+                    yield from units(nn.ModuleList([element]))
+                elif any(True for _ in element.children()) and any(True for _ in element.parameters()):
+                    yield element
+        else:
+            yield from units(module)
+
+
+def description(model: nn.Module) -> str:
+    """A line for the log: how much of the model is here."""
+    here = sum(local(parameter).numel() for parameter in model.parameters())
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    return f"sharding: {get_world_size()} processes, {here / 1e6:.1f} M of {whole / 1e6:.1f} M parameters on this one"
+
+
+# ------------------------------------------------------------------------------------------------ slices
+
+
+def is_sharded(value: Any) -> bool:
+    """Whether this is a tensor of which every process has a slice (a DTensor; its import takes long)."""
+    return hasattr(value, "to_local")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's slice, sharing its memory, possibly empty; a tensor that is not sharded as it is."""
+    if not is_sharded(tensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()
+
+
+def sharing_group(tensors: list[Tensor]) -> dist.ProcessGroup | None:
+    """The processes that share the tensors; None where they are not sharded."""
+    return tensors[0].device_mesh.get_group() if tensors and is_sharded(tensors[0]) else None
+
+
+def slice_like(whole: Tensor, sharded: Tensor) -> Tensor:
+    """This process's slice of a whole tensor that it has, as a DTensor laid out as `sharded`; no communication."""
+    from torch.distributed.tensor import DTensor
+
+    if whole.shape != sharded.shape:
+        raise ValueError(f"a tensor of shape {tuple(whole.shape)} where {tuple(sharded.shape)} is needed")
+    start = sum(len(part) for part in whole.chunk(get_world_size())[: get_rank()])
+    mine = whole[start : start + len(local(sharded))].to(sharded.device, copy=True)
+    return DTensor.from_local(
+        mine, sharded.device_mesh, sharded.placements, run_check=False, shape=sharded.shape, stride=sharded.stride()
+    )
+
+
+# ------------------------------------------------------------------------------------------------ states
+
+
+@torch.no_grad()
+def gathered(value: Any, everywhere: bool = False) -> Any:
+    """A state with its sharded tensors made whole, in host memory; all processes must take part.
+
+    Only rank 0 has them then (the others None in their place), or with `everywhere` all, each on its own device.
+    """
+    if is_sharded(value):
+        whole = value.full_tensor()
+        if everywhere:
+            return whole
+        return whole.cpu() if is_main_process() else None
+    if isinstance(value, Mapping):
+        return {key: gathered(item, everywhere) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(gathered(item, everywhere) for item in value)
+    return value
+
+
+def load_model(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """`load_state_dict` of whole tensors, for a model that is sharded or not."""
+    present = model.state_dict()
+    model.load_state_dict(
+        {name: slice_like(value, present[name]) if is_sharded(present.get(name)) else value
+         for name, value in state.items()}
+    )  # fmt: skip
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """`load_state_dict` of whole tensors, for an optimizer of sharded parameters or not."""
+    parameters = list(itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups))
+
+    def sliced(index: int, value: Any) -> Any:
+        parameter = parameters[index]
+        like_parameter = isinstance(value, Tensor) and value.shape == parameter.shape
+        return slice_like(value, parameter) if like_parameter and is_sharded(parameter) else value
+
+    states = {
+        index: {name: sliced(index, value) for name, value in of_parameter.items()}
+        for index, of_parameter in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": states})
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """A copy of a model that is not sharded yet, without memory for its parameters; for `whole_copy`."""
+    without_memory = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, without_memory)
+
+
+def whole_copy(model: nn.Module, skeleton: nn.Module, device: torch.device) -> nn.Module:
+    """The sharded model as it is now, whole, on every process; all must take part. It lives as long as it is held."""
+    whole = copy.deepcopy(skeleton)
+    whole.load_state_dict(gathered(model.state_dict(), everywhere=True), assign=True)
+    return whole.to(device)
