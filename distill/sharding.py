@@ -58,6 +58,10 @@ def check_can_shard(device: torch.device, optimizer: str, compiled: bool) -> Non
         from torch.distributed.fsdp import fully_shard  # noqa: F401
     except ImportError as error:
         raise InputError(f"--fsdp true needs torch 2.6 or later; this is {torch.__version__}") from error
+    if device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+        raise InputError(
+            f"--fsdp true: this torch, {torch.__version__}, shards on CUDA only; leave it out or install a newer one"
+        )
 
 
 # ------------------------------------------------------------------------------------------------ sharding

@@ -167,6 +167,14 @@ def test_what_cannot_be_sharded_is_refused(small, tmp_path, flags, message):
     assert message in ranks.text(0)
 
 
+def test_an_older_torch_on_a_cpu_is_refused(monkeypatch):
+    """torch 2.6 shards on CUDA only, and would fail within the first step."""
+    monkeypatch.setattr(sharding, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.cpu, "Stream", object)
+    with pytest.raises(InputError, match="shards on CUDA only"):
+        sharding.check_can_shard(torch.device("cpu"), "adamw", compiled=False)
+
+
 @pytest.mark.parametrize(
     ("arch", "blocks"), [("vit_tiny", 12), ("resnet18", 8), ("convnext_tiny", 18), ("vit_tiny_patch16_224", 12)]
 )
