@@ -9,6 +9,7 @@ is agreed between the ranks by the training step.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -50,13 +51,27 @@ class StopRequest:
 
 
 def requeue_slurm_job(say: Callable[[str], None]) -> None:
-    """Put this SLURM job back into the queue; called by one process, once. Says so, or why it could not."""
+    """Put this SLURM job back into the queue; called by one process, once. Says so, or why it did not.
+
+    Only a running job is: one that is already on its way out was cancelled, or SLURM requeues it itself.
+    """
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         say("warning: --requeue true has no effect outside a SLURM job")
         return
-    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
-    if done.returncode == 0:
+    try:
+        shown = _scontrol("show", "job", job, "--oneliner")
+        state = re.search(r"JobState=(\w+)", shown)
+        if state is not None and state.group(1) != "RUNNING":
+            say(f"job {job} is {state.group(1)}, so it is not requeued from here")
+            return
+        _scontrol("requeue", job)
         say(f"job {job} is back in the queue")
-    else:
-        say(f"warning: job {job} was not requeued: {done.stderr.strip()}")
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        say(f"warning: job {job} was not requeued: {reason.strip()}")
+
+
+def _scontrol(*words: str) -> str:
+    done = subprocess.run(["scontrol", *words], capture_output=True, text=True, check=True, timeout=60)
+    return done.stdout

@@ -26,7 +26,7 @@ def job(tmp_path) -> tuple[dict[str, str], Path]:
     """Environment of a SLURM job with an `scontrol` that only notes what it is asked; and its notes."""
     script, notes = tmp_path / "bin" / "scontrol", tmp_path / "requeued"
     script.parent.mkdir()
-    script.write_text(f'#!/bin/sh\necho "$@" >> {notes}\n')
+    script.write_text(f'#!/bin/sh\n[ "$1" = show ] && echo JobState=RUNNING || echo "$@" >> {notes}\n')
     script.chmod(0o755)
     notes.touch()
     return {"SLURM_JOB_ID": "4242", "PATH": f"{script.parent}:{os.environ['PATH']}"}, notes

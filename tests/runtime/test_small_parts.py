@@ -144,19 +144,28 @@ def test_stop_signals():
 
 
 def test_requeue(tmp_path, monkeypatch):
-    """scontrol requeue is called once with the job's number; outside a job it is said that nothing happens."""
+    """scontrol requeue is called once with the job's number, unless the job was cancelled; outside a job, and where
+    scontrol fails, it is said.
+    """
     said: list[str] = []
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     requeue_slurm_job(said.append)
     assert "outside a SLURM job" in said[0]
     calls = tmp_path / "calls"
-    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho $@ >> {calls}\n")
-    (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "77")
+    for state in ("COMPLETING", "RUNNING"):
+        (tmp_path / "scontrol").write_text(
+            f"#!/bin/sh\necho $1 $2 >> {calls}\necho JobId=77 JobState={state} Reason=None\n"
+        )
+        (tmp_path / "scontrol").chmod(0o755)
+        requeue_slurm_job(said.append)
+    assert calls.read_text().splitlines() == ["show job", "show job", "requeue 77"]
+    assert "COMPLETING" in said[1]
+    assert said[2] == "job 77 is back in the queue"
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho no controller >&2\nexit 1\n")
     requeue_slurm_job(said.append)
-    assert calls.read_text() == "requeue 77\n"
-    assert "77" in said[1]
+    assert said[3] == "warning: job 77 was not requeued: no controller"
 
 
 def test_log_rows_survive_a_full_disk(tmp_path, monkeypatch, capsys):
