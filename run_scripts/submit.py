@@ -48,6 +48,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--launcher", choices=("srun", "torchrun"), default="srun", help="who starts the processes")
     parser.add_argument("--eval_knn", action="store_true", help="k-NN when the pretraining is done")
     parser.add_argument("--eval_linear", action="store_true", help="linear probes when the pretraining is done")
+    parser.add_argument("--submitit", action="store_true", help="submit by the package submitit, if it is installed")
     parser.add_argument("--dry_run", action="store_true", help="print the scripts and commands, and submit nothing")
     args = parser.parse_args(own)
     for name in ("nodes", "cpus_per_task", "signal_s"):
@@ -60,6 +61,8 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     for option in args.sbatch:
         if "=" not in option:
             parser.error(f"--sbatch {option}: give OPTION=VALUE, as in --sbatch exclude=node7")
+    if args.submitit and (args.eval_knn or args.eval_linear or args.launcher == "torchrun" or args.dry_run):
+        parser.error("--submitit submits the pretraining alone, by srun; leave --eval_*, --launcher and --dry_run out")
     if not flags:
         parser.error("main_dino.py's flags are missing; they stand behind --")
     return args, flags
@@ -141,9 +144,47 @@ def submit(path: Path, after: str | None) -> str:
     return done.stdout.strip().split(";")[0]
 
 
+class Pretraining:
+    """The program in a task of a submitit job. It catches the signal itself, saves, and requeues the job."""
+
+    def __init__(self, flags: list[str]) -> None:
+        self.flags = flags
+
+    def __call__(self) -> int:
+        sys.path.insert(0, str(ROOT))
+        import main_dino
+
+        return main_dino.main(["--requeue", "true", *self.flags])
+
+
+def submit_by_submitit(args: argparse.Namespace, flags: list[str]) -> str:
+    """Hand the pretraining to submitit, which keeps its scripts and logs in OUTPUT_DIR/submitit; the job's number."""
+    os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"  # the signal that it asks SLURM for; its own default is another
+    try:
+        import submitit
+    except ImportError:
+        sys.exit("error: --submitit needs the package submitit (pip install submitit); without the flag sbatch is used")
+    out, _ = taken_out(flags, "output_dir")
+    if not out:
+        sys.exit("error: --output_dir is missing among main_dino.py's flags; they stand behind --")
+    own = {"nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "time", "job-name", "signal"}
+    options = sbatch_options(args, "pretrain")
+    executor = submitit.SlurmExecutor(folder=Path(out).resolve() / "submitit")
+    executor.update_parameters(
+        job_name=options["job-name"], nodes=args.nodes, ntasks_per_node=int(options["ntasks-per-node"]),
+        gpus_per_node=args.ngpus or None, cpus_per_task=args.cpus_per_task, time=options["time"],
+        signal_delay_s=args.signal_s, stderr_to_stdout=True,
+        additional_parameters={"requeue": True, **{k: v for k, v in options.items() if k not in own}},
+    )  # fmt: skip
+    return executor.submit(Pretraining(flags)).job_id
+
+
 def main(argv: list[str] | None = None) -> int:
     """The program."""
     args, flags = parse_arguments(sys.argv[1:] if argv is None else argv)
+    if args.submitit:
+        print(f"pretrain: job {submit_by_submitit(args, flags)}")
+        return 0
     scripts = plan(args, flags)
     if args.dry_run:
         for _, path, content in scripts:
