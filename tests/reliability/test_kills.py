@@ -37,10 +37,13 @@ def last_acknowledged(text: str) -> int:
     return max([int(step) for step in re.findall(r"^saved .* at step (\d+)$", text, re.MULTILINE)], default=0)
 
 
-@pytest.mark.parametrize("kills", [10, pytest.param(200, marks=pytest.mark.full)])
-def test_killed_runs_end_as_if_they_had_not_been(whole: Whole, tmp_path, kills):
+full = [pytest.param(seed, 50, marks=pytest.mark.full) for seed in (1, 2, 3, 4)]  # 200 in all, over the test workers
+
+
+@pytest.mark.parametrize(("seed", "kills"), [(0, 10), *full])
+def test_killed_runs_end_as_if_they_had_not_been(whole: Whole, tmp_path, seed, kills):
     """Kills at random times and at random lines of the code that writes; then a start that is left alone."""
-    draw = random.Random(kills)
+    draw = random.Random(seed)
     killed, runs = 0, 0
     while killed < kills or runs == 0:
         folder, acknowledged = tmp_path / f"run{runs}", 0

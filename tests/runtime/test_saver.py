@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,26 @@ def test_what_is_saved_is_the_state_at_the_call(tmp_path):
     content = read_checkpoint(tmp_path / "checkpoint.pth")
     assert content["w"].sum() == 0
     assert content["nested"][0][0].sum() == 0
+
+
+def test_training_does_not_wait_for_the_disk(tmp_path, monkeypatch):
+    """`save` returns while the disk is still at work; the next save waits for it; "saved" is said after it."""
+    disk, said, real = threading.Event(), [], saver_module.save_checkpoint
+
+    def slow(content, path):
+        assert disk.wait(30)
+        real(content, path)
+
+    monkeypatch.setattr(saver_module, "save_checkpoint", slow)
+    saver = CheckpointSaver(tmp_path, 2, 5, said.append)
+    saver.save({"iteration": 1}, 1)
+    assert said == []
+    assert not (tmp_path / "checkpoint.pth").exists()
+    threading.Timer(0.2, disk.set).start()
+    saver.save({"iteration": 2}, 2)
+    assert said[0].endswith("at step 1")
+    saver.wait()
+    assert said[1].endswith("at step 2")
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
