@@ -21,7 +21,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from data.colour import (
     BRIGHTNESS,
@@ -122,23 +121,22 @@ class MultiCrop:
         return uniforms(self.views * _DRAWS, seed, CROPS, epoch, index).reshape(self.views, _DRAWS)
 
     def cut(self, picture: Picture, draws: np.ndarray, out: Sequence[torch.Tensor]) -> None:
-        """Cut all crops into `out`, one uint8 tensor (V, C, S, S) per resolution."""
+        """Cut all crops into `out`, V uint8 tensors (C, S, S), global ones first."""
         spec = self.spec
         scales = [spec.global_scale] * 2 + [spec.local_scale] * spec.local_number
         rows = draws[:, :_BOX_DRAWS].tolist()
         boxes = [crop_box(row, scale, picture.height, picture.width) for row, scale in zip(rows, scales, strict=True)]
-        targets = [crop for crops in out for crop in crops]
-        pixels = picture.pixels(_shrink_for(boxes, targets))
+        pixels = picture.pixels(_shrink_for(boxes, out))
         image = as_batch(pixels)
         ratio = pixels.shape[0] / picture.height, pixels.shape[1] / picture.width
-        for row, box, target in zip(rows, boxes, targets, strict=True):
+        for row, box, target in zip(rows, boxes, out, strict=True):
             _cut_one(image, _scaled(box, ratio, pixels.shape), row[-1] < spec.flip, target)
 
     def __call__(self, image: np.ndarray, seed: int, epoch: int, index: int):
         """image (H, W, C) uint8 -> (crops, colour): per resolution uint8 (V, C, S, S) and float32 (V, P)."""
         draws = self.draws(seed, epoch, index)
         crops = [crop_memory(v, 1, self.spec.in_chans, s)[:, 0] for v, s in self.spec.resolutions]
-        self.cut(Picture.from_array(image), draws, crops)
+        self.cut(Picture.from_array(image), draws, [crop for resolution in crops for crop in resolution])
         return crops, [c[:, 0] for c in colour_parameters(draws[None], self.spec)]
 
 
@@ -196,13 +194,17 @@ def resize(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """(1, C, H, W) uint8 -> (1, C, height, width) uint8, antialiased bicubic, Pillow's filter."""
     if image.shape[-2:] == (height, width):
         return image
-    return F.interpolate(image, (height, width), mode="bicubic", antialias=True, align_corners=False)
+    # what F.interpolate ends up calling, without its forty lines of Python for each crop
+    return torch.ops.aten._upsample_bicubic2d_aa(image, (height, width), False)
 
 
 def crop_memory(views: int, count: int, channels: int, side: int, shared: bool = False) -> torch.Tensor:
     """Room for uint8 crops, (V, B, C, S, S), channels last in memory, as torch's resize leaves them."""
-    memory = torch.empty(views, count, side, side, channels, dtype=torch.uint8)
-    return (memory.share_memory_() if shared else memory).permute(0, 1, 4, 2, 3)
+    shape = (views, count, side, side, channels)
+    memory = torch.empty(0, dtype=torch.uint8)
+    if shared:  # made so at once: share_memory_() would copy what is not there yet
+        memory = memory.set_(torch.UntypedStorage._new_shared(math.prod(shape)))
+    return memory.resize_(shape).permute(0, 1, 4, 2, 3)
 
 
 # ---- colour parameters ----

@@ -71,12 +71,13 @@ class TrainSet(Dataset):
         crops = [crop_memory(v, count, channels, s, shared) for v, s in self.spec.resolutions]
         bad = torch.zeros(count, dtype=torch.bool)
         draws = np.stack([self._multicrop.draws(self.seed, epoch, index) for epoch, index in pairs])
-        for b, (epoch, index) in enumerate(pairs):
-            bad[b] = self._cut_or_substitute(epoch, index, draws[b], [c[:, b] for c in crops])
+        targets = zip(*[view.unbind(0) for c in crops for view in c.unbind(0)], strict=True)  # per image, V crops
+        for b, ((epoch, index), out) in enumerate(zip(pairs, targets, strict=True)):
+            bad[b] = self._cut_or_substitute(epoch, index, draws[b], out)
         index = torch.tensor([i for _, i in pairs], dtype=torch.int64)
         return CropBatch(crops, colour_parameters(draws, self.spec), index, bad)
 
-    def _cut_or_substitute(self, epoch: int, index: int, draws: np.ndarray, out: list[torch.Tensor]) -> bool:
+    def _cut_or_substitute(self, epoch: int, index: int, draws: np.ndarray, out: Sequence[torch.Tensor]) -> bool:
         """Cut the crops of image `index`, or of a substitute where it is bad; true in the second case."""
         try:
             self._multicrop.cut(self.source.open(index), draws, out)

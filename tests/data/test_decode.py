@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from data import decode as decode_module
-from data.decode import BadImage, Picture, decode
+from data.decode import BadImage, Picture, decode, jpeg_size
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +92,27 @@ def test_exif_orientation_is_applied(photograph, orientation):
     upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
     assert (picture.height, picture.width) == upright.shape[:2]
     assert np.array_equal(picture.pixels(), upright)
+
+
+def test_the_quick_look_at_a_jpegs_header_agrees_with_pillow(imagenet_sample, photograph):
+    """A plain JPEG's size is Pillow's; what needs care, and what is cut off or odd, is left to Pillow."""
+    known = 0
+    for path in sorted(imagenet_sample.rglob("*.[jJ]*")):
+        data = path.read_bytes()
+        size = jpeg_size(data)
+        with Image.open(path) as image:
+            assert size in (None, image.size[::-1])
+        known += size is not None
+        assert all(jpeg_size(data[:cut]) in (None, size) for cut in range(0, 800, 7))
+    assert known > 0
+    size = photograph.size[::-1]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert jpeg_size(encoded(photograph, "JPEG", progressive=True)) == size
+    assert jpeg_size(encoded(photograph, "JPEG", exif=exif)) is None
+    assert jpeg_size(encoded(photograph.convert("CMYK"), "JPEG")) is None
+    assert jpeg_size(encoded(photograph.convert("L"), "JPEG")) is None
+    assert jpeg_size(encoded(photograph, "PNG")) is None
 
 
 def test_shrunk_decoding_keeps_content_and_orientation(photograph):
