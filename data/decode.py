@@ -147,7 +147,7 @@ def _open_with_pillow(data: bytes) -> Image.Image:
 @functools.cache
 def _jpeg_decoder():
     """bytes -> (H, W, 3) uint8 through torchvision, or None where it was built without JPEG."""
-    import torchvision.io  # noqa: F401  registers the operator
+    import torchvision.io
 
     if not hasattr(torch.ops.image, "decode_jpeg"):
         warnings.warn("torchvision has no JPEG decoder here; Pillow decodes instead, more slowly", stacklevel=2)
