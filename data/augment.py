@@ -127,10 +127,9 @@ class MultiCrop:
         rows = draws[:, :_BOX_DRAWS].tolist()
         boxes = [crop_box(row, scale, picture.height, picture.width) for row, scale in zip(rows, scales, strict=True)]
         pixels = picture.pixels(_shrink_for(boxes, out))
-        image = as_batch(pixels)
         ratio = pixels.shape[0] / picture.height, pixels.shape[1] / picture.width
         for row, box, target in zip(rows, boxes, out, strict=True):
-            _cut_one(image, _scaled(box, ratio, pixels.shape), row[-1] < spec.flip, target)
+            _cut_one(pixels, _scaled(box, ratio, pixels.shape), row[-1] < spec.flip, target)
 
     def __call__(self, image: np.ndarray, seed: int, epoch: int, index: int):
         """image (H, W, C) uint8 -> (crops, colour): per resolution uint8 (V, C, S, S) and float32 (V, P)."""
@@ -178,9 +177,11 @@ def _scaled(box, ratio: tuple[float, float], shape: torch.Size) -> tuple[int, in
     return min(top, shape[0] - h), min(left, shape[1] - w), h, w
 
 
-def _cut_one(image: torch.Tensor, box: tuple[int, int, int, int], flip: bool, out: torch.Tensor) -> None:
+def _cut_one(pixels: np.ndarray, box: tuple[int, int, int, int], flip: bool, out: torch.Tensor) -> None:
     top, left, h, w = box
-    crop = resize(image[:, :, top : top + h, left : left + w], out.shape[-2], out.shape[-1])[0]
+    # torch's resize would make the part contiguous itself, a pixel at a time; numpy copies it row by row
+    part = np.ascontiguousarray(pixels[top : top + h, left : left + w])
+    crop = resize(as_batch(part), out.shape[-2], out.shape[-1])[0]
     out.copy_(crop.flip(-1) if flip else crop)
 
 

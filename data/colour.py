@@ -2,6 +2,7 @@
 
 Colour jitter in each crop's own order, grayscale, Gaussian blur, solarize, normalise, with one row of parameters per
 crop. Every operation is a few tensor passes over many crops, on CPU, CUDA and MPS alike; none loops over images.
+In between, pixels are floats in [0, 255]: bringing them to [0, 1] is left to the normalisation, which scales anyway.
 
 Departures from the published code (Pillow, one image at a time), all within a rounding step of 8 bits:
  - operations compute in float and don't round to 8 bits after each one;
@@ -22,6 +23,8 @@ from runtime.guards import InputError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's "L"
+
+WHITE = 255.0  # the largest value of a pixel between the operations
 
 # Columns of the colour parameters. ORDER: the four jitter operations by number, in the order in which they run.
 BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GRAY, SIGMA, SOLARIZE = 0, 1, 2, 3, slice(4, 8), 8, 9, 10
@@ -63,7 +66,7 @@ def apply_colour(pixels: torch.Tensor, parameters: torch.Tensor, mean: Sequence[
         # one crop is reached by a view, several by a copy
         one = int(plan.order[start]) if block.stop - start == 1 else None
         some = pixels.index_select(0, rows[block]) if one is None else pixels[one : one + 1]
-        x = torch.empty(some.shape, device=device).copy_(some).mul_(1 / 255)
+        x = torch.empty(some.shape, device=device).copy_(some)
         x = _jitter(x, plan, block, table[block])
         x = _on_some(x, plan.gray[block], lambda part, _: grayscale(part))
         x = _on_some(x, plan.sigma[block] > _NO_BLUR, gaussian_blur, table[block, _Plan.SIGMA_COLUMN])
@@ -76,9 +79,9 @@ def apply_colour(pixels: torch.Tensor, parameters: torch.Tensor, mean: Sequence[
 
 
 def normalise(x: torch.Tensor, mean: Sequence[float], std: Sequence[float], out: torch.Tensor) -> torch.Tensor:
-    """Write (x - mean) / std per channel of (N, C, H, W) into `out`, which may be x itself."""
+    """Write (x / 255 - mean) / std per channel of (N, C, H, W) into `out`, which may be x itself."""
     for c, (m, s) in enumerate(zip(mean, std, strict=True)):
-        torch.add(x.new_full((), -m / s), x[:, c], alpha=1 / s, out=out[:, c])
+        torch.add(x.new_full((), -m / s), x[:, c], alpha=1 / (WHITE * s), out=out[:, c])
     return out
 
 
@@ -134,13 +137,13 @@ def _jitter(x: torch.Tensor, plan: _Plan, block: slice, table: torch.Tensor) -> 
         if position < 3 and (plan.factor[block, position] != 1).any():
             kinds = set(plan.operation[block, position].tolist())
             blend_(x, table[:, 3 * position : 3 * position + 3], kinds)
-            if (plan.factor[block, position] > 1).any():  # else every value lies between two values of [0, 1]
-                x.clamp_(0, 1)
+            if (plan.factor[block, position] > 1).any():  # else every value lies between two values in range
+                x.clamp_(0, WHITE)
     return x
 
 
 def blend_(x: torch.Tensor, weights: torch.Tensor, kinds: set[int]) -> torch.Tensor:
-    """In place: f x + s gray(x) + c mean(gray(x)) with weights (f, s, c) per crop, (N, 3); to be clamped to [0, 1].
+    """In place: f x + s gray(x) + c mean(gray(x)) with weights (f, s, c) per crop, (N, 3); to be clamped.
 
     Brightness is (f, 0, 0), saturation (f, 1 - f, 0), contrast (f, 0, 1 - f). kinds: which of them occur.
     """
@@ -170,7 +173,7 @@ def grayscale(x: torch.Tensor) -> torch.Tensor:
 
 
 def shift_hue_(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """In place: turn the hue of RGB (N, 3, H, W) in [0, 1] by `shift` (N,) parts of the circle, keeping HSV's S and V.
+    """In place: turn the hue of RGB (N, 3, H, W) by `shift` (N,) parts of the circle, keeping HSV's S and V.
 
     Branches are written as arithmetic on 0/1 masks, and planes are used again: on a CPU four times as fast as with
     `torch.where`, and exact all the same.
@@ -183,7 +186,7 @@ def shift_hue_(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     hue = torch.sub(mid, low)
     torch.minimum(mid, low, out=low)
     chroma.sub_(low)
-    hue.div_(torch.clamp(chroma, min=1e-12, out=high))
+    hue.div_(torch.clamp(chroma, min=1e-9, out=high))
     hue.sub_(g_below_b, alpha=6.0).addcmul_(r_below, g_below_b, value=12.0).sub_(r_below, alpha=2.0).abs_()
     hue.add_(6.0 * shift.view(-1, 1, 1))
     hue.sub_(torch.mul(hue, 1 / 6, out=high).floor_(), alpha=6.0)  # back into [0, 6)
@@ -198,8 +201,8 @@ def shift_hue_(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
 
 def solarize(x: torch.Tensor) -> torch.Tensor:
     """Invert what 8 bits would round to 128 or more."""
-    bright = torch.ge(x, 127.5 / 255, out=torch.empty_like(x))
-    return x.addcmul(bright, 1 - 2 * x)
+    bright = torch.ge(x, WHITE / 2, out=torch.empty_like(x))
+    return x.addcmul(bright, WHITE - 2 * x)
 
 
 def gaussian_blur(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -217,12 +220,15 @@ def gaussian_blur(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     kernel = kernel / kernel.sum(dim=1, keepdim=True)  # (N, taps)
     padded = F.pad(x, (radius,) * 4, mode="replicate")
     tall, tile = height + 2 * radius, _tile(width)
+    band = _band(kernel, tile)
     columns = padded.unfold(3, tile + 2 * radius, tile).reshape(n, -1, tile + 2 * radius)
-    y = torch.matmul(columns, _band(kernel, tile)).view(n, c, tall, width)
-    tile = _tile(height)
+    y = torch.matmul(columns, band).view(n, c, tall, width)
+    if height != width:
+        tile = _tile(height)
+        band = _band(kernel, tile)
     s = y.stride()
     rows = y.as_strided((n, c, height // tile, tile + 2 * radius, width), (s[0], s[1], tile * s[2], s[2], s[3]))
-    return torch.matmul(_band(kernel, tile).transpose(1, 2)[:, None, None], rows).reshape(n, c, height, width)
+    return torch.matmul(band.transpose(1, 2)[:, None, None], rows).reshape(n, c, height, width)
 
 
 _BLUR_RADIUS = 6  # three times the largest sigma

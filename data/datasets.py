@@ -55,7 +55,7 @@ class FileSource(ImageSource):
 
     def read(self, i: int) -> bytes:
         try:
-            with open(self.name(i), "rb") as file:
+            with open(self.name(i), "rb", buffering=0) as file:
                 return file.read()
         except OSError as error:
             raise BadImage(f"can't be read: {error.strerror or error}") from error
