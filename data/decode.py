@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import io
+import re
 import struct
 import warnings
 
@@ -232,4 +233,6 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__
+    """The error's text in one line, without the place in a C++ source that torchvision puts before it."""
+    text = re.sub(r"^\w+, \S+:\d+, ", "", " ".join(str(error).split()))
+    return text[:160] or type(error).__name__

@@ -7,6 +7,7 @@ pairs alone.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -24,7 +25,7 @@ from data.decode import BadImage
 from data.draws import SUBSTITUTE, raw_words
 from data.sampler import TrainSampler
 from data.source import ImageSource
-from runtime.guards import InputError
+from runtime.guards import InputError, RunStopped
 
 ON_BAD_IMAGE = ("substitute", "raise")
 _SUBSTITUTES = 20  # files tried in place of a bad one before giving up
@@ -243,7 +244,9 @@ class Loader(DataLoader):
     """torch's DataLoader with errors that can be read: bad input as `InputError`, a lost worker by its likely cause."""
 
     def __iter__(self) -> Iterator:
-        return self._checked(super().__iter__())  # workers start now, not at the first batch
+        with _own_child_signal():
+            batches = super().__iter__()  # workers start now, not at the first batch
+        return self._checked(batches)
 
     def _checked(self, batches: Iterator) -> Iterator:
         while True:
@@ -251,16 +254,39 @@ class Loader(DataLoader):
                 batch = next(batches)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+            except (RuntimeError, OSError, EOFError) as error:
+                if not _worker_is_gone(error):
                     raise
-                raise RuntimeError(
+                raise RunStopped(
                     f"a loader worker is gone ({' '.join(str(error).split())}). Most often the machine ran out of "
                     "memory: use fewer --num_workers, or ask the scheduler for more memory or a larger /dev/shm"
                 ) from error
             if isinstance(batch, _Refusal):
                 raise InputError(batch.message)
             yield batch
+
+
+def _worker_is_gone(error: Exception) -> bool:
+    """Whether torch noticed a dead worker, or could not fetch from one a batch that it had announced."""
+    if "in DataLoader worker process" in str(error):  # raised by the data set, in a worker that lives
+        return False
+    return "DataLoader worker (pid" in str(error) or isinstance(error, (ConnectionError, FileNotFoundError, EOFError))
+
+
+@contextlib.contextmanager
+def _own_child_signal() -> Iterator[None]:
+    """Take back torch's handler of SIGCHLD, which raises wherever the program is when a worker dies, in a save as well.
+
+    Without it the loop learns of a lost worker when it waits for its batch: torch looks every 5 seconds.
+    """
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
 
 
 class _Refusal(NamedTuple):

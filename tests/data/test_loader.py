@@ -16,7 +16,7 @@ from data.bad_images import BadImages
 from data.datasets import open_images
 from data.loader import CropBatch, TrainSet, ahead_on_device, build_eval_loader, build_train_loader, normalize
 from data.sampler import TrainSampler
-from runtime.guards import InputError
+from runtime.guards import InputError, RunStopped
 
 SPEC = CropSpec(global_size=32, local_size=16, local_number=2)
 
@@ -159,9 +159,34 @@ def test_a_killed_worker_is_a_clear_error_within_ten_seconds(source):
     next(iterator)
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
     start = time.monotonic()
-    with pytest.raises(RuntimeError, match="worker"):
+    with pytest.raises(RunStopped, match="a loader worker is gone"):
         list(iterator)
     assert time.monotonic() - start < 10
+
+
+def test_a_killed_worker_interrupts_nothing_but_the_loader(source):
+    """While the training process does something else, a save say, the death of a worker raises nothing there."""
+    iterator = iter(build_train_loader(source, SPEC, TrainSampler(len(source), 2), num_workers=1))
+    next(iterator)
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    deadline = time.monotonic() + 1
+    while time.monotonic() < deadline:
+        time.sleep(0.01)
+    with pytest.raises(RunStopped, match="a loader worker is gone"):
+        list(iterator)
+
+
+def test_an_error_in_a_worker_is_not_taken_for_a_lost_one(source, monkeypatch):
+    """A bug in the data set comes out as itself."""
+
+    def fail(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(TrainSet, "_cut_or_substitute", fail)
+    with pytest.raises(RuntimeError, match="a bug") as caught:
+        next(iter(build_train_loader(source, SPEC, TrainSampler(len(source), 2), num_workers=1)))
+    assert not isinstance(caught.value, RunStopped)
+    del caught
 
 
 def test_workers_leave_signals_to_the_training_process(source):
