@@ -53,6 +53,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     options.add_checkpoint_flags(parser, many=True)
     group = parser.add_argument_group("running")
     add_flag(group, "--device", default="auto", help="auto, cuda, cuda:N, mps or cpu")
+    add_flag(group, "--local_rank", type=int, default=0, help="accepted and ignored, as in the other programs")
     add_flag(group, "--seed", type=int, default=0, help="seed of the weights where no checkpoint is given")
     return parser
 

@@ -14,6 +14,8 @@ import datetime
 import os
 import re
 import socket
+import time
+import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -209,23 +211,47 @@ def _join(launch: Launch, backend: str, dist_url: str, timeout_s: float) -> None
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     if dist_url == "env://":
-        address, port = launch.address or "127.0.0.1", launch.port or 29500
-        dist_url = f"tcp://{address}:{port}"
-        if launch.launcher == "torchrun":
-            dist_url = "env://"  # torchrun's agent already holds the port, and says so in variables only torch reads
-            os.environ.setdefault("MASTER_ADDR", address)
-            os.environ.setdefault("MASTER_PORT", str(port))
+        dist_url = f"tcp://{launch.address or '127.0.0.1'}:{launch.port or 29500}"
+    torchrun = launch.launcher == "torchrun" and launch.address is not None and launch.port is not None
+    # torchrun's agent may already hold the port, and says so in variables that only torch reads.
+    meeting = "env://" if torchrun else dist_url
     try:
-        dist.init_process_group(
-            backend, init_method=dist_url, rank=launch.rank, world_size=launch.world_size, timeout=timeout
-        )
+        store, _, _ = next(dist.rendezvous(meeting, launch.rank, launch.world_size, timeout=timeout))
+        if torchrun:
+            store = dist.PrefixStore(agreed_name(store, launch.rank, launch.world_size, timeout_s), store)
+        dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
-        where = f"{launch.address}:{launch.port}" if dist_url == "env://" else dist_url
         raise InputError(
-            f"rank {launch.rank} on {socket.gethostname()} could not meet the others at {where}: "
+            f"rank {launch.rank} on {socket.gethostname()} could not meet the others at {dist_url}: "
             f"{str(error).splitlines()[0]}; if the port is in use set MASTER_PORT (or torchrun --master-port) to a "
             "free one, and check that every process uses one launcher"
         ) from error
+
+
+def agreed_name(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> str:
+    """A name for this start of the processes, the same on all and never used before in this store.
+
+    torchrun keeps one store over its restarts: without a name of its own a restarted process finds the addresses of the
+    killed ones. No variable of torchrun counts the starts alike on all nodes, so rank 0 makes up the name; it greets
+    every process by a word that only that process knows, so that an answer left from an earlier start cannot be taken.
+    """
+    word = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"hello/{rank}", word)
+        store.wait([f"welcome/{word}"], datetime.timedelta(seconds=timeout_s))
+        name = store.get(f"welcome/{word}").decode()
+        store.set(f"{name}/{rank}", "here")
+        return name
+    missing, deadline = set(range(1, world_size)), time.monotonic() + timeout_s
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"hello/{other}"]):  # perhaps of an earlier start: welcomed again until it answers
+                store.set(f"welcome/{store.get(f'hello/{other}').decode()}", word)
+        missing = {other for other in missing if not store.check([f"{word}/{other}"])}
+        if missing and time.monotonic() > deadline:
+            raise dist.DistStoreError(f"ranks {sorted(missing)} did not come within {timeout_s:g} s")
+        time.sleep(0.01)
+    return word
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -101,6 +102,41 @@ def test_devices():
     else:
         with pytest.raises(InputError, match="GPU index 99"):
             choose_device("cuda:99")
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+    """More processes than GPUs: the index, the number of GPUs and the remedy are named."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto", local_rank=1) == torch.device("cuda", 1)
+    for name, local_rank in (("auto", 2), ("cuda:2", 0)):
+        with pytest.raises(InputError, match=r"GPU index 2 is not there: this node shows 2 .* CUDA_VISIBLE_DEVICES"):
+            choose_device(name, local_rank)
+
+
+def names(store: dist.Store, ranks: list[int], timeout_s: float) -> list[str | None]:
+    """What those of three ranks that are alive call their start; None where one gave up."""
+
+    def name(rank: int) -> str | None:
+        try:
+            return distributed.agreed_name(store, rank, 3, timeout_s)
+        except dist.DistError:
+            return None
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(name, ranks))
+
+
+def test_restarted_processes_agree_on_a_fresh_name():
+    """Whatever killed processes left in the store, all of a start get one name, and every start another one."""
+    store = dist.HashStore()
+    store.set("hello/1", "left by a process that is gone")
+    assert names(store, [0, 1], 0.3)[0] is None  # rank 2 was killed before it came
+    assert names(store, [1, 2], 0.3) == [None, None]  # and now rank 0
+    first, second = names(store, [0, 1, 2], 10), names(store, [2, 1, 0], 10)
+    assert None not in first + second
+    assert len(set(first)) == len(set(second)) == 1
+    assert first[0] != second[0]
 
 
 def test_a_group_of_one():
