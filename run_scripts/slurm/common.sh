@@ -22,7 +22,8 @@ use_environment
 mkdir -p "$OUT/logs"
 
 # The first node is where the ranks meet; the port follows from the job's number, below those that systems hand out.
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MASTER_ADDR=${hosts%%$'\n'*}
 MASTER_PORT=$((20000 + SLURM_JOB_ID * 31 % 12000))
 export MASTER_ADDR MASTER_PORT
 [ -n "${SLURM_CPUS_PER_TASK:-}" ] && export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun no longer takes it from sbatch
