@@ -44,16 +44,17 @@ class Launch:
 def launch_environment(env: Mapping[str, str]) -> Launch:
     """Rank, world size, local rank and meeting point from a launcher's environment variables.
 
-    torchrun's variables come first (torchrun inside a SLURM job is common), then srun's, then OpenMPI's.
+    torchrun's variables come first (torchrun inside a SLURM job is common), then OpenMPI's (whose mpirun may use srun
+    to reach other nodes), then srun's.
     A SLURM batch step without srun is one process, whatever the number of tasks the job reserved.
     Raises InputError where the variables are incomplete or contradict each other.
     """
     if "RANK" in env or ("WORLD_SIZE" in env and "LOCAL_RANK" in env):
         return _from_torchrun(env)
-    if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        return _from_slurm(env)
     if "OMPI_COMM_WORLD_RANK" in env:
         return _from_openmpi(env)
+    if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return _from_slurm(env)
     return Launch(rank=0, world_size=1, local_rank=0, launcher="none")
 
 
@@ -64,6 +65,10 @@ def _number(env: Mapping[str, str], name: str, launcher: str) -> int:
         return int(env[name])
     except ValueError:
         raise InputError(f"{name}={env[name]!r} is not a number; unset it or use one launcher") from None
+
+
+def _port(env: Mapping[str, str]) -> int | None:
+    return _number(env, "MASTER_PORT", "the launcher") if "MASTER_PORT" in env else None
 
 
 def _checked(launch: Launch) -> Launch:
@@ -83,20 +88,27 @@ def _from_torchrun(env: Mapping[str, str]) -> Launch:
             local_rank=int(env.get("LOCAL_RANK", "0")),
             launcher="torchrun",
             address=env.get("MASTER_ADDR"),
-            port=int(env["MASTER_PORT"]) if "MASTER_PORT" in env else None,
+            port=_port(env),
         )
     )
-    started_by_torchrun = "TORCHELASTIC_RUN_ID" in env
-    tasks = int(env.get("SLURM_STEP_NUM_TASKS", "1"))
-    if not started_by_torchrun and tasks > 1:
-        slurm = (int(env.get("SLURM_PROCID", "0")), tasks)
-        if slurm != (launch.rank, launch.world_size):
-            raise InputError(
-                f"two launchers disagree: RANK={launch.rank} WORLD_SIZE={launch.world_size}, but srun says "
-                f"SLURM_PROCID={slurm[0]} of {slurm[1]} tasks; unset RANK and WORLD_SIZE, or start torchrun with "
-                "one task per node"
-            )
+    if "TORCHELASTIC_RUN_ID" not in env:
+        _check_others_agree(launch, env)
     return launch
+
+
+def _check_others_agree(launch: Launch, env: Mapping[str, str]) -> None:
+    """RANK and WORLD_SIZE that torchrun did not set may be leftovers: srun or mpirun must say the same."""
+    for name, rank, size in (
+        ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+        ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ):
+        other = (int(env.get(rank, "0")), int(env.get(size, "1")))
+        if other[1] > 1 and other != (launch.rank, launch.world_size):
+            raise InputError(
+                f"two launchers disagree: RANK={launch.rank} WORLD_SIZE={launch.world_size}, but {name} says "
+                f"{rank}={other[0]} of {other[1]} tasks; unset RANK and WORLD_SIZE, or start torchrun with one task "
+                "per node"
+            )
 
 
 def _from_slurm(env: Mapping[str, str]) -> Launch:
@@ -112,7 +124,7 @@ def _from_slurm(env: Mapping[str, str]) -> Launch:
             address=env.get("MASTER_ADDR") or first_host(nodes),
             # Every process computes the same port from the job's numbers, below those that systems hand out to
             # connections; two jobs on a node get different ones.
-            port=int(env["MASTER_PORT"]) if "MASTER_PORT" in env else 20000 + (job * 31 + step * 7) % 12000,
+            port=_port(env) or 20000 + (job * 31 + step * 7) % 12000,
         )
     )
 
@@ -132,7 +144,7 @@ def _from_openmpi(env: Mapping[str, str]) -> Launch:
             local_rank=_number(env, "OMPI_COMM_WORLD_LOCAL_RANK", "OpenMPI"),
             launcher="openmpi",
             address=address,
-            port=int(env["MASTER_PORT"]) if "MASTER_PORT" in env else 20000 + zlib.crc32(job.encode()) % 12000,
+            port=_port(env) or 20000 + zlib.crc32(job.encode()) % 12000,
         )
     )
 

@@ -57,6 +57,7 @@ def test_openmpi():
     }  # fmt: skip
     launch = launch_environment(env)
     assert (launch.rank, launch.world_size, launch.address) == (1, 2, "127.0.0.1")
+    assert launch_environment({**SLURM, **env}).world_size == 2  # mpirun may reach its nodes by srun
     with pytest.raises(InputError, match="MASTER_ADDR"):
         launch_environment({**env, "OMPI_COMM_WORLD_LOCAL_SIZE": "1"})
 
@@ -72,7 +73,13 @@ def test_nothing():
         ({"RANK": "0"}, "WORLD_SIZE"),
         ({"RANK": "4", "WORLD_SIZE": "4"}, "rank 4 is outside"),
         ({"RANK": "zero", "WORLD_SIZE": "4"}, "RANK='zero'"),
-        ({**SLURM, "RANK": "0", "WORLD_SIZE": "4"}, "two launchers disagree"),
+        ({**SLURM, "RANK": "0", "WORLD_SIZE": "4"}, "two launchers disagree: .* SLURM_PROCID=5 of 8"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"},
+            "two launchers disagree: .* OMPI_COMM_WORLD_RANK=1 of 2",
+        ),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "tcp"}, "MASTER_PORT='tcp' is not a number"),
+        ({**SLURM, "MASTER_PORT": "tcp"}, "MASTER_PORT='tcp' is not a number"),
     ],
 )
 def test_wrong_combinations(env, message):
