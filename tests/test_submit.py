@@ -124,6 +124,8 @@ def test_batch_scripts(name):
     assert found["open-mode"] == "append"
     assert "requeue" in found
     assert found["ntasks-per-node"] == found["gpus-per-node"]
+    # Behind a failed run an evaluation would wait for ever.
+    assert found.get("kill-on-invalid-dep") == (None if name == "pretrain" else "yes")
     # Without "B:" the signal goes to the tasks, which save; the batch shell would only die of it.
     assert found.get("signal") == ("USR1@120" if name == "pretrain" else None)
 
