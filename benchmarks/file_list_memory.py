@@ -1,21 +1,31 @@
 """Memory that loader workers take for a list of a million files, Python lists against flat arrays.
 
     python -m benchmarks.file_list_memory [--entries 1280000] [--workers 64]
+    python -m benchmarks.file_list_memory --data_path FOLDER [--start_method fork|forkserver|spawn] [--workers 64]
 
 Workers are forked, as torch's are on Linux, and each reads every name in random order, as it does over many epochs: a
 list of strings is copied page by page as its reference counts change. Printed is the memory that all processes
 together hold (proportional set size), above an empty fork.
+
+With --data_path the workers are those of a real training loader over a real folder; printed is what they and their
+parent hold, and how much of it is there because the list is long: the rest is the same loader over 2,000 of the files.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from data.source import PackedStrings
+from data.augment import CropSpec
+from data.datasets import FileSource, open_images
+from data.loader import build_train_loader
+from data.sampler import TrainSampler
+from data.source import ImageSource, PackedStrings
 from runtime.guards import run_program
 from runtime.log import say
 
@@ -25,9 +35,9 @@ def names(entries: int) -> list[str]:
     return [f"n{i // 1281 * 7919:08d}/n{i // 1281 * 7919:08d}_{i}.JPEG" for i in range(entries)]
 
 
-def own_memory() -> int:
+def own_memory(pid: int | str = "self") -> int:
     """Bytes that this process holds, shared pages divided among those that share them."""
-    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError("/proc/self/smaps_rollup holds no Pss line: this benchmark needs Linux")
@@ -60,16 +70,47 @@ def total_memory(sequence, workers: int) -> int:
     return total
 
 
+def loader_memory(source: ImageSource, workers: int) -> int:
+    """Memory of this process and its loader workers, after each worker has made two batches."""
+    sampler = TrainSampler(len(source), 2)
+    loader = build_train_loader(source, CropSpec(16, local_number=0), sampler, workers, prefetch_factor=1)
+    batches = iter(loader)
+    for _ in range(2 * workers):
+        next(batches)
+    children = [child.pid for child in torch.multiprocessing.active_children()]
+    if len(children) != workers:
+        raise RuntimeError(f"{len(children)} workers run in place of {workers}")
+    return own_memory() + sum(own_memory(pid) for pid in children)
+
+
+def measure_loader(data_path: str, workers: int, start_method: str) -> None:
+    """Print what the workers of a real loader hold, over the whole folder and over a short list of its files."""
+    torch.multiprocessing.set_start_method(start_method)
+    began = time.perf_counter()
+    source = open_images(data_path)
+    say(f"{len(source):,} files listed in {time.perf_counter() - began:.1f} s")
+    order = np.random.default_rng(0).permutation(len(source))[:2000]
+    short = FileSource(Path("/"), PackedStrings.pack(source.name(int(i)) for i in order))
+    few = loader_memory(short, workers)
+    many = loader_memory(source, workers)
+    say(f"{workers} workers by {start_method}, {many / 2**30:.2f} GiB in all; {(many - few) / 2**30:.2f} for the list")
+
+
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("benchmarks.file_list_memory", add_help=False)
     parser.add_argument("--entries", type=int, default=1_280_000, help="names in the list")
     parser.add_argument("--workers", type=int, default=64, help="processes that read it")
     parser.add_argument("--list_workers", type=int, default=4, help="processes for the Python list, scaled up after")
+    parser.add_argument("--data_path", help="a real folder, for the workers of a real loader")
+    parser.add_argument("--start_method", default="fork", choices=["fork", "forkserver", "spawn"])
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     args = argparse.ArgumentParser(parents=[get_args_parser()], description=__doc__.splitlines()[0]).parse_args(argv)
+    if args.data_path:
+        measure_loader(args.data_path, args.workers, args.start_method)
+        return 0
     empty = total_memory([], args.workers)
     packed = PackedStrings.pack(names(args.entries))
     packed_bytes = total_memory(packed, args.workers) - empty

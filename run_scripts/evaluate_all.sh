@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Every evaluation of one checkpoint, and one table of all of them.
 #   run_scripts/evaluate_all.sh CHECKPOINT DATA [OUTPUT_DIR]
-#   EPOCHS=100 BATCH=128 NPROC=8 run_scripts/evaluate_all.sh output/checkpoint.pth /path/to/imagenet
+#   EPOCHS=100 BATCH=128 NPROC=8 WORKERS=10 run_scripts/evaluate_all.sh output/checkpoint.pth /path/to/imagenet
 # OUTPUT_DIR is CHECKPOINT's name without .pth, with -evaluation, beside it. Run again, it resumes an unfinished probe.
 # Ends with code 1 where an evaluation failed; the others' results stand in the table all the same.
 set -uo pipefail
 if [ $# -lt 2 ]; then
-    echo "usage: $0 CHECKPOINT DATA [OUTPUT_DIR]   (EPOCHS, BATCH, NPROC in the environment)" >&2
+    echo "usage: $0 CHECKPOINT DATA [OUTPUT_DIR]   (EPOCHS, BATCH, NPROC, WORKERS, LOW_SHOT_DRAW in the environment)" >&2
     exit 2
 fi
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -21,7 +21,7 @@ if [ "${NPROC:-1}" -gt 1 ]; then
     launch=("${TORCHRUN[@]}" --standalone --nproc_per_node "$NPROC")
 fi
 common=(--pretrained_weights "$checkpoint" --data_path "$data" --output_dir "$output")
-batch=(--batch_size_per_gpu "${BATCH:-128}")
+batch=(--batch_size_per_gpu "${BATCH:-128}" --num_workers "${WORKERS:-10}")
 failed=()
 
 run() { # name, command...

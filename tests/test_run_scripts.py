@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.small_images import small_root, tiny_checkpoint
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "run_scripts"
 EXPECTED = {
@@ -29,7 +32,7 @@ def run(script: str, *flags: str, **env: str) -> subprocess.CompletedProcess:
     """A script under this Python, which the scripts take as the active environment."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return subprocess.run(
-        ["bash", str(SCRIPTS / f"{script}.sh"), *flags], capture_output=True, text=True, timeout=120,
+        ["bash", str(SCRIPTS / f"{script}.sh"), *flags], capture_output=True, text=True, timeout=300,
         env={**os.environ, "PATH": path, "NPROC": "1", **env}, check=False,
     )  # fmt: skip
 
@@ -54,3 +57,28 @@ def test_without_data_it_says_what_to_set():
     done = run("vit_small_simpool", DATA="")
     assert done.returncode == 2
     assert "set DATA" in done.stderr
+
+
+def test_one_command_runs_every_evaluation(cifar10, tmp_path):
+    """evaluate_all.sh: a JSON of each evaluation, attention maps, one table of all and the page; what fails is named."""
+    checkpoint = tiny_checkpoint(tmp_path / "run" / "checkpoint.pth")
+    data = small_root(cifar10, tmp_path / "data")
+    settings = {"EPOCHS": "1", "BATCH": "32", "WORKERS": "0", "OMP_NUM_THREADS": "1"}
+    done = run("evaluate_all", str(checkpoint), str(data), LOW_SHOT_DRAW="random", **settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    output = checkpoint.with_name("checkpoint-evaluation")
+    knn = json.loads((output / "eval_knn.json").read_text())["results"]["knn"][0]
+    assert (output / "eval_linear.json").is_file()
+    assert (output / "attention" / "grid.png").is_file()
+    assert (output / "report.html").is_file()
+    table = done.stdout.rpartition(f"== {checkpoint}")[2]
+    assert f"{knn['top1']:.2f}" in table
+    for words in ("low-shot", "linear", "logistic"):
+        assert words in table.lower(), table
+
+
+def test_evaluating_without_arguments_shows_the_usage():
+    """evaluate_all.sh without a checkpoint ends with code 2 and says what it takes."""
+    done = run("evaluate_all")
+    assert done.returncode == 2
+    assert "CHECKPOINT DATA" in done.stderr
