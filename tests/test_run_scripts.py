@@ -60,7 +60,7 @@ def test_without_data_it_says_what_to_set():
 
 
 def test_one_command_runs_every_evaluation(cifar10, tmp_path):
-    """evaluate_all.sh: a JSON of each evaluation, attention maps, one table of all and the page; what fails is named."""
+    """evaluate_all.sh: a JSON of each evaluation, attention maps, one table of all, and the page."""
     checkpoint = tiny_checkpoint(tmp_path / "run" / "checkpoint.pth")
     data = small_root(cifar10, tmp_path / "data")
     settings = {"EPOCHS": "1", "BATCH": "32", "WORKERS": "0", "OMP_NUM_THREADS": "1"}
