@@ -127,7 +127,7 @@ def evaluate(args: argparse.Namespace, folder: Path) -> int:
     cells = [[str(row["k"]), f"{row['temperature']:g}", row["top1"], row["top5"]] for row in rows]
     say(report.table(["k-NN", "temperature", "top-1", "top-5"], cells))
     results: dict[str, Any] = {"knn": rows}
-    if args.low_shot and is_main_process():
+    if args.low_shot:
         results["low_shot"] = low_shot(args, found, test)
     names = ("nb_knn", "temperature", "low_shot", "low_shot_draw", "subset", "seed", "features_dtype", "amp")
     settings = {name: getattr(args, name) for name in names}
@@ -137,7 +137,7 @@ def evaluate(args: argparse.Namespace, folder: Path) -> int:
 
 
 def low_shot(args: argparse.Namespace, found: Collected, test: Tensor) -> dict[int, dict]:
-    """Low-shot k-NN on this rank, which holds all features: table and results."""
+    """Low-shot k-NN, each rank with its share of the queries and all training features: table and results."""
     results = knn.low_shot_knn(
         found.features.train_features.to(test.device),
         found.features.train_labels,
@@ -148,6 +148,7 @@ def low_shot(args: argparse.Namespace, found: Collected, test: Tensor) -> dict[i
         args.low_shot_draw,
         seed=args.seed,
         classes=found.features.description.get("classes"),
+        sharded=True,
     )
     cells = [[str(nu), str(r["k"]), r["mean"], r["std"], str(len(r["runs"]))] for nu, r in results.items()]
     say(report.table(["images per class", "k", "top-1", "±", "runs"], cells))

@@ -29,8 +29,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.sampler import shard_for_eval
 from evaluation import features
-from runtime.distributed import get_rank, get_world_size, is_dist_avail_and_initialized
+from runtime.distributed import all_gather_objects, get_rank, get_world_size, is_dist_avail_and_initialized
 from runtime.guards import InputError
 from runtime.log import say
 
@@ -313,31 +314,48 @@ def low_shot_knn(
     runs: int = 5,
     seed: int = 0,
     classes: Sequence[str] | None = None,
+    *,
+    sharded: bool = False,
 ) -> dict[int, dict]:
     """Low-shot k-NN: nu training images per class, k = 1 for nu = 1 and 20 otherwise, mean top-1 over 5 runs.
 
     `draw` "files" follows AttMask: file order from the starts of LOW_SHOT_STARTS (other nu: 0, nu, 2 nu ...);
     "random": seeded draws, run r from seed + r. Returns {nu: {"k", "runs": [top-1 ...], "mean", "std"}}, the sample
     standard deviation over the runs.
+    `sharded`: every rank calls with all features, classifies its share of the queries, and gets the same answer.
     """
     if draw not in ("files", "random"):
         raise ValueError(f"low-shot draw must be 'files' or 'random', got {draw!r}")
-    results = {}
+    world = get_world_size() if sharded else 1
+    share = shard_for_eval(len(test_labels), get_rank() if sharded else 0, world)
+    mine = slice(share[0], share[-1] + 1) if len(share) else slice(0)
+    hits: dict[int, list[int]] = {}
     for nu in nus:
         if nu < 1:
             raise ValueError(f"low-shot k-NN needs at least one image per class, got nu = {nu}")
-        k = 1 if nu == 1 else 20
         starts = LOW_SHOT_STARTS.get(nu, tuple(nu * r for r in range(runs)))
-        top1 = []
+        hits[nu] = []
         for run in range(runs if draw == "random" else len(starts)):
             start = None if draw == "random" else starts[run]
             index = low_shot_indices(train_labels, nu, start, seed + run, classes)
-            accuracy = knn_classifier(
-                train_features[index], train_labels[index], test_features, test_labels, min(k, len(index)), T
-            )
-            top1.append(accuracy[0])
-        results[nu] = {"k": k, "runs": top1, "mean": float(np.mean(top1)), "std": float(np.std(top1, ddof=1))}
+            if len(share):
+                part = (test_features[mine], test_labels[mine])
+                k = min(_low_shot_k(nu), len(index))
+                top1, _ = knn_classifier(train_features[index], train_labels[index], *part, k, T)
+                hits[nu].append(round(top1 * len(share) / 100))
+            else:  # more ranks than queries
+                hits[nu].append(0)
+    results = {}
+    everywhere = all_gather_objects(hits) if world > 1 else [hits]
+    for nu in nus:
+        top1 = (100 * np.sum([of_rank[nu] for of_rank in everywhere], axis=0) / len(test_labels)).tolist()
+        spread = float(np.std(top1, ddof=1))
+        results[nu] = {"k": _low_shot_k(nu), "runs": top1, "mean": float(np.mean(top1)), "std": spread}
     return results
+
+
+def _low_shot_k(nu: int) -> int:
+    return 1 if nu == 1 else 20
 
 
 def evaluate(

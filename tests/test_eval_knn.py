@@ -97,8 +97,9 @@ def test_the_published_checkpoint_is_evaluated(root, tmp_path):
 
 
 def test_two_ranks_give_the_result_of_one(checkpoint, root, tmp_path):
-    """Sharded over two gloo processes, k-NN and the stored features equal those of one process."""
-    flags = ("--pretrained_weights", checkpoint, "--data_path", root, "--nb_knn", 5, 90)
+    """Sharded over two gloo processes, k-NN and low-shot k-NN give the accuracies of one process."""
+    flags = ("--pretrained_weights", checkpoint, "--data_path", root, "--nb_knn", 5, 90, "--low_shot", 1, 5,
+             "--low_shot_draw", "random")  # fmt: skip
     run_ranks("eval_knn.py", *flags, "--output_dir", tmp_path / "two", "--features_dtype", "fp16")
     evaluate(*flags, "--output_dir", tmp_path / "one", "--features_dtype", "fp16")
     one, two = (json.loads((tmp_path / n / "eval_knn.json").read_text())["results"] for n in ("one", "two"))
