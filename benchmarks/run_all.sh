@@ -71,7 +71,7 @@ trap collect EXIT
 trap 'kill "$child" 2>/dev/null; exit 130' INT TERM
 
 for amp in none bf16; do
-    small="--rounds 1 --batch_size 2 --out_dim 256 --local_crops_number 2"
+    small="--rounds 1 --out_dim 256 --local_crops_number 2"
     section "Step, ViT-S/16, autocast $amp" "$small" benchmarks.train_step --arch vit_small --amp "$amp"
     section "Step, ViT-T/16, autocast $amp" "$small" benchmarks.train_step --arch vit_tiny --amp "$amp"
     section "Step, ResNet-50, autocast $amp" "$small" benchmarks.train_step --arch resnet50 --out_dim 4096 --amp "$amp"
