@@ -3,7 +3,9 @@
 Collapse comes in two forms (Caron et al. 2021, section 5.3): the teacher's output is uniform whatever the image, and
 its entropy reaches log K, or one prototype takes every image, and the entropy is 0. Either way features stop depending
 on the image: their cosine between different images tends to 1, and their effective rank to 1. The loss alone
-does not tell: it falls in the second form, and rests at log K in the first.
+does not tell: it falls in the second form, and rests at log K in the first. What tells both forms from health is how
+much the output says about the image (`teacher_information`). The thresholds below were set on small runs that collapsed
+(docs/LOG.md).
 
 The features are those of one fixed probe batch, the same images all through the run, so that values can be compared.
 
@@ -25,15 +27,28 @@ from data.loader import build_eval_loader, normalize
 from evaluation.features import eval_mode, eval_resize
 
 PROBE_IMAGES = 64
-UNIFORM, ONE_SIDED = 0.999, 0.01  # entropy as a part of log K
-SAME_FEATURES = 0.99  # mean cosine between different images
-FEW_DIRECTIONS = 1.5  # effective rank
+UNINFORMED = 0.02  # nats that the output tells of the image; runs that learned: 0.18 and more, collapsed: under 0.01
+UNIFORM, ONE_SIDED = 0.9, 0.1  # entropy as a part of log K: which of the two forms it is
+SAME_FEATURES = 0.95  # mean cosine between different images; runs that learned: 0.7 at most, collapsed: 0.92 to 0.99
+FEW_DIRECTIONS = 5.0  # effective rank; runs that learned: 14 and more, collapsed: 3 to 5
 
 
 def teacher_entropy(logits: Tensor, center: Tensor, temperature: float) -> float:
     """Mean entropy of softmax((logits - center) / temperature) over rows, as a part of log K: 1 uniform, 0 one-hot."""
     log_q = F.log_softmax((logits.float() - center.float()) / temperature, dim=-1)
     return (-(log_q.exp() * log_q).sum(-1).mean() / math.log(logits.shape[-1])).item()
+
+
+def teacher_information(logits: Tensor, center: Tensor, temperature: float) -> float:
+    """Nats that the teacher's output tells of which image it saw: H(mean of q) - mean of H(q) over rows, 0 to log B.
+
+    0 in either form of collapse, where every image gets the same output, uniform or not. The entropy alone does not
+    tell a teacher that gives each image its own prototype from one that gives all the same.
+    """
+    log_q = F.log_softmax((logits.float() - center.float()) / temperature, dim=-1)
+    mean = log_q.exp().mean(0)
+    whole = -(mean * mean.clamp_min(1e-30).log()).sum()
+    return (whole + (log_q.exp() * log_q).sum(-1).mean()).item()
 
 
 def mean_cosine(features: Tensor) -> float:
@@ -70,7 +85,7 @@ def probe_batch(source: ImageSource, img_size: int, count: int = PROBE_IMAGES) -
 def monitor(teacher: nn.Module, images: Tensor, center: Tensor, temperature: float) -> dict[str, float]:
     """The monitors of a teacher (with `.backbone` and `.head`) on a probe batch (B, C, S, S) uint8.
 
-    Keys: entropy (of log K), center_norm, mean_cosine, effective_rank.
+    Keys: entropy (of log K), information (nats), center_norm, mean_cosine, effective_rank.
     """
     device = next(teacher.parameters()).device
     with eval_mode(teacher):
@@ -78,6 +93,7 @@ def monitor(teacher: nn.Module, images: Tensor, center: Tensor, temperature: flo
         logits = teacher.head(features)
     return {
         "entropy": teacher_entropy(logits, center.to(device), temperature),
+        "information": teacher_information(logits, center.to(device), temperature),
         "center_norm": center.float().norm().item(),
         "mean_cosine": mean_cosine(features),
         "effective_rank": effective_rank(features),
@@ -87,16 +103,22 @@ def monitor(teacher: nn.Module, images: Tensor, center: Tensor, temperature: flo
 def collapse_warning(values: Mapping[str, float], out_dim: int) -> str | None:
     """What the monitors say is wrong and what to try, or None. `values` as `monitor` gives them."""
     signs, remedies = [], []
-    entropy = values.get("entropy")
-    if entropy is not None and not math.isfinite(entropy):
+    entropy, information = values.get("entropy", 0.5), values.get("information", math.inf)
+    if not math.isfinite(entropy):
         signs.append("the teacher's output is not finite")
         remedies.append("lower --lr, --clip_grad 3.0, --amp bf16 in place of fp16")
-    elif entropy is not None and entropy > UNIFORM:
-        signs.append(f"the teacher's entropy is {entropy:.4f} of log {out_dim}: it says the same of every prototype")
-        remedies.append("a lower --teacher_temp, or a lower --warmup_teacher_temp with longer warm-up")
-    elif entropy is not None and entropy < ONE_SIDED:
-        signs.append(f"the teacher's entropy is {entropy:.4f} of log {out_dim}: one prototype takes all")
-        remedies.append("a higher --teacher_temp, --norm_last_layer true, a longer --freeze_last_layer")
+    elif information < UNINFORMED:
+        found = f"the teacher's output tells {information:.4f} nats of the image"
+        found += f" and its entropy is {entropy:.4f} of log {out_dim}"
+        if entropy > UNIFORM:
+            signs.append(f"{found}: it says the same of every prototype")
+            remedies.append("a lower --teacher_temp, or a lower --warmup_teacher_temp with longer warm-up")
+            remedies.append("a lower --lr, --clip_grad 3.0")
+        elif entropy < ONE_SIDED:
+            signs.append(f"{found}: one prototype takes all")
+            remedies.append("a higher --teacher_temp, --norm_last_layer true, a longer --freeze_last_layer")
+        else:
+            signs.append(f"{found}: the same for every image")
     if values.get("mean_cosine", 0.0) > SAME_FEATURES:
         signs.append(f"features of different images have a mean cosine of {values['mean_cosine']:.4f}")
     if values.get("effective_rank", math.inf) < FEW_DIRECTIONS:

@@ -25,6 +25,18 @@ def test_entropy_is_one_for_uniform_and_zero_for_one_hot_outputs():
     assert monitors.teacher_entropy(logits, center, 0.5) == pytest.approx(expected, rel=1e-5)
 
 
+def test_information_tells_collapse_from_a_sure_teacher():
+    """0 where all images get one output, uniform or one-hot; log B where each gets a prototype of its own."""
+    center, each = torch.zeros(1, 50), 100 * torch.nn.functional.one_hot(torch.arange(4), 50)
+    assert monitors.teacher_information(torch.ones(4, 50), center, 0.04) == pytest.approx(0, abs=1e-6)
+    assert monitors.teacher_information(each[:1].repeat(4, 1), center, 0.04) == pytest.approx(0, abs=1e-6)
+    assert monitors.teacher_information(each, center, 0.04) == pytest.approx(math.log(4), abs=1e-5)
+    logits = tensor(1, (4, 50))
+    q = torch.softmax(logits / 0.5, 1)
+    divergence = (q * (q / q.mean(0)).log()).sum(1).mean()  # the same quantity, as a mean divergence from the mean
+    assert monitors.teacher_information(logits, center, 0.5) == pytest.approx(divergence.item(), rel=1e-4)
+
+
 def test_mean_cosine_is_over_pairs_of_different_images():
     """It equals the mean of the off-diagonal cosines, 1 for equal features."""
     features = tensor(2, (7, 5))
@@ -44,8 +56,9 @@ def test_effective_rank_counts_directions():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"entropy": 1.0}, "every prototype"),
-        ({"entropy": 0.0}, "one prototype"),
+        ({"entropy": 1.0, "information": 0.0}, "every prototype"),
+        ({"entropy": 0.0, "information": 0.0}, "one prototype"),
+        ({"entropy": 0.5, "information": 0.001}, "same for every image"),
         ({"entropy": math.nan}, "not finite"),
         ({"mean_cosine": 0.999}, "mean cosine"),
         ({"effective_rank": 1.0}, "directions"),
@@ -53,7 +66,7 @@ def test_effective_rank_counts_directions():
 )
 def test_each_sign_of_collapse_is_named_with_a_remedy(change, words):
     """Healthy values give no warning; each sign gives one that names it and a flag to try."""
-    healthy = {"entropy": 0.6, "center_norm": 3.0, "mean_cosine": 0.4, "effective_rank": 20.0}
+    healthy = {"entropy": 0.6, "information": 1.2, "center_norm": 3.0, "mean_cosine": 0.4, "effective_rank": 20.0}
     assert monitors.collapse_warning(healthy, 1024) is None
     message = monitors.collapse_warning(healthy | change, 1024)
     assert words in message
@@ -69,7 +82,7 @@ def test_the_probe_batch_is_fixed_and_the_model_keeps_its_mode():
     teacher = torch.nn.ModuleDict({"backbone": backbone, "head": torch.nn.Linear(128, 64)}).train()
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     values = monitors.monitor(teacher, images, torch.zeros(1, 64), 0.04)
-    assert set(values) == {"entropy", "center_norm", "mean_cosine", "effective_rank"}
+    assert set(values) == {"entropy", "information", "center_norm", "mean_cosine", "effective_rank"}
     assert teacher.training
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
@@ -79,3 +92,25 @@ def test_non_finite_features_have_no_rank():
     features = torch.randn(8, 4)
     features[3, 2] = float("nan")
     assert math.isnan(monitors.effective_rank(features))
+
+
+COLLAPSED = [  # the last epochs of small runs that collapsed, and of others that learned: docs/LOG.md
+    {"entropy": 0.8413, "information": 0.0001, "center_norm": 8.2, "mean_cosine": 0.9623, "effective_rank": 4.0178},
+    {"entropy": 0.9986, "information": 0.0093, "center_norm": 5.4, "mean_cosine": 0.9665, "effective_rank": 3.3144},
+]
+LEARNED = [
+    {"entropy": 0.0025, "information": 1.0202, "center_norm": 0.0, "mean_cosine": 0.1309, "effective_rank": 18.9209},
+    {"entropy": 0.9689, "information": 0.1803, "center_norm": 1.5, "mean_cosine": 0.4095, "effective_rank": 56.9845},
+]
+
+
+@pytest.mark.parametrize("values", COLLAPSED)
+def test_runs_that_collapsed_are_warned_of(values):
+    """What the monitors read at the end of runs whose k-NN fell below the untrained backbone's."""
+    assert monitors.collapse_warning(values, 1024)
+
+
+@pytest.mark.parametrize("values", LEARNED)
+def test_runs_that_learned_are_not_warned_of(values):
+    """A sure teacher (entropy near 0) and a soft one (near log K) may both be healthy."""
+    assert monitors.collapse_warning(values, 1024) is None
