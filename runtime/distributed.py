@@ -295,6 +295,10 @@ _LOST = ("gloo/transport", "Connection closed by peer", "Connection reset by pee
 def leave() -> None:
     """Destroy the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
+        if dist.get_world_size() > 1:
+            # gloo's thread may still be letting go of the last exchange's tensors, for which it needs the interpreter;
+            # the group's destructor waits for that thread and does not give the interpreter up (torch 2.6 hangs there).
+            time.sleep(0.1)
         dist.destroy_process_group()
 
 
