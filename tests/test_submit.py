@@ -279,9 +279,37 @@ def test_flags_reach_the_program(cluster):
     assert program == [*shlex.split(expected), "--note=it's $HOME"]
 
 
+SUBMITIT = """
+import json, os, types
+class SlurmExecutor:
+    def __init__(self, folder):
+        self.asked = {"folder": str(folder)}
+    def update_parameters(self, **parameters):
+        self.asked |= parameters
+    def submit(self, job):
+        with open(os.environ["NOTES"], "a") as notes:
+            print(json.dumps(["submitit", self.asked, job.flags, os.environ["SUBMITIT_PREEMPT_SIGNAL"]]), file=notes)
+        return types.SimpleNamespace(job_id="77")
+"""
+
+
+def test_the_submitit_form(cluster):
+    """Nodes, tasks, time, the signal that the program catches and the requeue reach submitit, and the flags the job."""
+    (cluster.folder / "submitit.py").write_text(SUBMITIT)
+    words = ["--submitit", "--nodes", 2, "--ngpus", 4, "--partition", "gpu", "--signal_s", 90, "--", *FLAGS]
+    done = cluster.submit(*words, PYTHONPATH=str(cluster.folder))
+    assert done.stdout == "pretrain: job 77\n", done.stderr
+    ((asked, flags, signal),) = cluster.asked("submitit")
+    assert (asked["nodes"], asked["ntasks_per_node"], asked["gpus_per_node"], asked["signal_delay_s"]) == (2, 4, 4, 90)
+    assert asked["additional_parameters"] == {"requeue": True, "partition": "gpu"}
+    assert (flags, signal) == ([*FLAGS], "USR1")
+
+
 @pytest.mark.parametrize(
     ("words", "env", "message"),
     [
+        (["--submitit", "--eval_knn", "--", *FLAGS], {}, "--submitit submits the pretraining alone"),
+        (["--submitit", "--", *FLAGS], {"PYTHONPATH": "missing"}, "package submitit"),
         (["--", *FLAGS], {"PATH": "/nowhere"}, "sbatch is not on this machine's PATH"),
         (["--", *FLAGS], {"REFUSAL": "invalid partition specified: gpu"}, "invalid partition specified: gpu"),
         (["--", "--data_path", "demo"], {}, "--output_dir is missing"),
@@ -296,6 +324,8 @@ def test_flags_reach_the_program(cluster):
 )
 def test_what_cannot_be_submitted(cluster, words, env, message):
     """One line names what is wrong; no traceback."""
+    (cluster.folder / "missing").mkdir()
+    (cluster.folder / "missing" / "submitit.py").write_text("raise ImportError")
     done = cluster.submit(*words, **env)
     assert done.returncode != 0
     assert message in done.stderr

@@ -11,6 +11,10 @@ if [ "${1:-}" = stop ]; then
     exit
 fi
 [ "$(id -u)" = 0 ] || { echo "must run as root" >&2; exit 1; }
+if [ -f /etc/slurm/slurm.conf ] && ! grep -q '^ClusterName=trial$' /etc/slurm/slurm.conf; then
+    echo "/etc/slurm/slurm.conf is not of this script: this machine belongs to a cluster already" >&2
+    exit 1
+fi
 if ! command -v slurmctld >/dev/null || ! command -v munged >/dev/null; then
     apt-get update -qq
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq slurm-wlm munge
