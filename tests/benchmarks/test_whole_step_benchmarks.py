@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import backbones
-from benchmarks import into_docs, optimizer, startup, train_step
+from benchmarks import compile_step, into_docs, optimizer, startup, train_step
 from benchmarks.plain_step import PlainStep
 from distill.heads import DINOHead
 from distill.multicrop import MultiCropWrapper
@@ -54,6 +54,19 @@ def test_a_difference_is_found():
     plain, own = PlainStep(run), train_step.OwnStep(run, batch, crops)
     plain.loss.teacher_temp_schedule = plain.loss.teacher_temp_schedule * 2
     assert abs(plain(crops, 0) / own(0)[0].item() - 1) > 1e-5
+
+
+def test_compiled_steps_give_the_same_losses_and_names(monkeypatch):
+    """Captured as a graph the backbone gives the same losses, and parameters keep their names (code generation, which
+    takes minutes, is left out)."""
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: real(self, backend="eager"))
+    flags = [*FAMILIES["vit"], *TINY]
+    seconds, first, error = compile_step.compare(flags, CPU, rounds=1)
+    assert seconds.keys() == first.keys() == {"eager", "compiled"}
+    assert error < 1e-5
+    names = [list(train_step.build([*flags, "--compile", c], CPU)[0].student.state_dict()) for c in ("true", "false")]
+    assert names[0] == names[1]
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
