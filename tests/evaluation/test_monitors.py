@@ -106,7 +106,7 @@ LEARNED = [
 
 @pytest.mark.parametrize("values", COLLAPSED)
 def test_runs_that_collapsed_are_warned_of(values):
-    """What the monitors read at the end of runs whose k-NN fell below the untrained backbone's."""
+    """What the monitors read late in a run whose k-NN ended 12 points below the others'."""
     assert monitors.collapse_warning(values, 1024)
 
 
