@@ -122,6 +122,14 @@ def test_embeddings_carry_names_with_and_without_labels(root, tmp_path):
         features.write_embeddings(tmp_path / "c.txt", array, source, {})
 
 
+def test_an_image_of_another_number_of_channels_is_named(tmp_path):
+    """One npy of 4 channels among those of 5: extraction stops, naming the file, its shape and the flag."""
+    for i in range(6):
+        np.save(tmp_path / f"{i}.npy", np.full((40, 40, 4 if i == 3 else 5), 9 * i, np.uint8))
+    with pytest.raises(InputError, match=r"3\.npy has shape \(40, 40, 4\).*--in_chans"):
+        features.extract(Pixels(), open_images(tmp_path, in_chans=5), **SETTINGS)
+
+
 def test_labels_must_be_there_agree_and_fill_every_class(root, tmp_path):
     """Unlabelled images, classes that differ, one class only, and an empty class are errors that name them."""
     train, val = open_images(root, "train"), open_images(root, "val")
