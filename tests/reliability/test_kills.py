@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 import signal
 import time
 from functools import partial
@@ -63,5 +64,6 @@ def test_killed_runs_end_as_if_they_had_not_been(whole: Whole, tmp_path, seed, k
             acknowledged = max(acknowledged, last_acknowledged(ranks.text()))
             assert_nothing_lost(folder, acknowledged)
         assert_equal_states(whole.folder, folder)
+        shutil.rmtree(folder)  # a third of a GB each, and there are a hundred
         runs += 1
     print(f"{killed} kills in {runs} runs")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from functools import partial
@@ -92,6 +93,7 @@ def test_preempted_at_any_moment(whole: Whole, tmp_path, job, world, moments):
         if world == 1:
             assert_equal_states(whole.folder, folder)
         assert [row["epoch"] for row in rows(folder)] == [0, 1, 2]
+        shutil.rmtree(folder)
         runs += 1
 
 
