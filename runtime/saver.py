@@ -81,12 +81,12 @@ class CheckpointSaver:
             return
         self._failed += 1
         self._say(
-            f"warning: checkpoint not saved ({error}); the last good one stays, the next save tries again "
+            f"warning: checkpoint not saved ({error}{_room(self._folder)}); the last good one stays, the next save tries again "
             f"({self._failed} failed in a row)"
         )
         if self._failed >= self._max_failed:
             raise SaveError(
-                f"{self._failed} saves to {self._folder} failed in a row, the last with: {error}; free the disk or "
+                f"{self._failed} saves to {self._folder} failed in a row, the last with: {error}{_room(self._folder)}; free the disk or "
                 "mend the folder and start the same command again (--max_failed_saves sets how many are borne)"
             )
 
@@ -107,6 +107,14 @@ class CheckpointSaver:
         others = [path for path in step_files(self._folder) if path != newest]
         for path in others[self._keep - 1 :]:
             path.unlink(missing_ok=True)
+
+
+def _room(folder: Path) -> str:
+    """How much the disk would still take: torch's own error of a full disk does not say that it is full."""
+    try:
+        return f"; {shutil.disk_usage(folder).free / 2**20:.0f} MiB free"
+    except OSError:
+        return ""
 
 
 def to_host(value: Any) -> Any:
