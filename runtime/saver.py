@@ -81,13 +81,14 @@ class CheckpointSaver:
             return
         self._failed += 1
         self._say(
-            f"warning: checkpoint not saved ({error}{_room(self._folder)}); the last good one stays, the next save tries again "
-            f"({self._failed} failed in a row)"
+            f"warning: checkpoint not saved ({error}{_room(self._folder)}); the last good one stays, the next save "
+            f"tries again ({self._failed} failed in a row)"
         )
         if self._failed >= self._max_failed:
             raise SaveError(
-                f"{self._failed} saves to {self._folder} failed in a row, the last with: {error}{_room(self._folder)}; free the disk or "
-                "mend the folder and start the same command again (--max_failed_saves sets how many are borne)"
+                f"{self._failed} saves to {self._folder} failed in a row, the last with: {error}{_room(self._folder)}; "
+                "free the disk or mend the folder and start the same command again (--max_failed_saves sets how many "
+                "are borne)"
             )
 
     def _write(self, state: dict[str, Any], step: int, keep_as: str | None) -> None:
