@@ -56,7 +56,7 @@ def test_killed_runs_end_as_if_they_had_not_been(whole: Whole, tmp_path, seed, k
             patch = partial(injection.kill_at_line_that_writes, number=line) if at_line and not leave_alone else None
             ranks = processes.start(flags, tmp_path / "output", patch=patch)
             if not at_line and not leave_alone:
-                time.sleep(draw.uniform(0.1, 0.4 + 0.5 * left) * whole.duration_s)
+                time.sleep(draw.uniform(0.1, 0.3 + 0.4 * left) * whole.duration_s)
                 ranks.processes[0].kill()  # nothing happens where it has ended already
             (code,) = ranks.wait()
             assert code in (0, -signal.SIGKILL), ranks.text()

@@ -62,13 +62,14 @@ def test_preempted_at_any_moment(whole: Whole, tmp_path, job, world, moments):
     draw = random.Random(100 * world + moments)
     met, runs = 0, 0
     while met < moments or runs == 0:
-        folder = tmp_path / f"run{runs}"
+        folder, reached = tmp_path / f"run{runs}", 0
         flags = [*whole.flags, "--global_batch_size", 16, "--output_dir", folder, "--requeue", "true"]
         while not (folder / "DONE").exists():
             requeued = len(notes.read_text().splitlines())
             ranks = start_armed(flags, tmp_path, world, env)
             if met < moments:
-                time.sleep(draw.uniform(0, 0.8) * whole.duration_s)
+                # Within what is left of the run; its start, some part of the duration, is over.
+                time.sleep(draw.uniform(0, 0.5) * (1 - reached / 9) * whole.duration_s)
             number = draw.choice([signal.SIGTERM, signal.SIGUSR1])
             targets = draw.choice([ranks.processes, [draw.choice(ranks.processes)]])
             sent = time.monotonic()
@@ -82,6 +83,7 @@ def test_preempted_at_any_moment(whole: Whole, tmp_path, job, world, moments):
                 continue
             met += 1
             marker = json.loads((folder / "PREEMPTED").read_text())
+            reached = marker["iteration"]
             assert not (folder / "DONE").exists()
             assert read_checkpoint(folder / "checkpoint.pth")["iteration"] == marker["iteration"]
             for rank in range(world):
