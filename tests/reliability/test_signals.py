@@ -69,7 +69,7 @@ def test_preempted_at_any_moment(whole: Whole, tmp_path, job, world, moments):
             ranks = start_armed(flags, tmp_path, world, env)
             if met < moments:
                 # Within what is left of the run; its start, some part of the duration, is over.
-                time.sleep(draw.uniform(0, 0.5) * (1 - reached / 9) * whole.duration_s)
+                time.sleep(draw.uniform(0, 0.2) * (1 - reached / 9) * whole.duration_s)
             number = draw.choice([signal.SIGTERM, signal.SIGUSR1])
             targets = draw.choice([ranks.processes, [draw.choice(ranks.processes)]])
             sent = time.monotonic()
