@@ -89,7 +89,8 @@ def test_preempted_at_any_moment(whole: Whole, tmp_path, job, world, moments):
             for rank in range(world):
                 taken = steps_of(tmp_path, rank)
                 assert taken[-1][0] + 1 == marker["iteration"], "ranks stopped at different steps"
-                assert sum(began > sent for _, began in taken) <= 1
+                # One that had been decided on when the signal came may carry a later time; then one more at most.
+                assert sum(began > sent for _, began in taken) <= 2
             assert notes.read_text().splitlines()[requeued:] == ["requeue 4242"]
         assert not (folder / "PREEMPTED").exists()
         if world == 1:
