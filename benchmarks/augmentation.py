@@ -20,6 +20,7 @@ import torch
 from data.augment import ColourStage, CropSpec, GaussianBlur, Solarization
 from data.datasets import open_images
 from data.loader import TrainSet
+from runtime.cli import parse_described
 from runtime.guards import run_program
 from runtime.hardware import keep_freed_memory
 from runtime.log import say
@@ -108,7 +109,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = argparse.ArgumentParser(parents=[get_args_parser()], description=__doc__).parse_args(argv)
+    args = parse_described(get_args_parser(), __doc__, argv)
     torch.set_num_threads(args.threads)
     keep_freed_memory()  # for both sides, as the programs do on a CPU
     spec = CropSpec(args.img_size, args.local_crops_size, local_number=args.local_crops_number)

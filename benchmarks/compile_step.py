@@ -16,7 +16,8 @@ import time
 import torch
 
 from benchmarks.measure import synchronize, timed_in_turn
-from benchmarks.train_step import CHECKED_STEPS, TOLERANCE, OwnStep, build
+from benchmarks.train_step import CHECKED_STEPS, TOLERANCE, OwnStep, build, exit_code, run_flags, step_parser
+from runtime.cli import parse_described
 from runtime.distributed import choose_device
 from runtime.guards import run_program
 from runtime.log import say
@@ -38,27 +39,12 @@ def compare(flags: list[str], device: torch.device, rounds: int) -> tuple[dict[s
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("benchmarks.compile_step", add_help=False)
-    parser.add_argument("--arch", default="vit_tiny", help="as main_dino.py's")
-    parser.add_argument("--mode", default="simpool", choices=["official", "simpool"], help="the pooling")
-    parser.add_argument("--amp", default="none", choices=["none", "bf16", "fp16"], help="autocast")
-    parser.add_argument("--batch_size", type=int, default=4, help="images")
-    parser.add_argument("--out_dim", type=int, default=4096, help="prototypes; the head is not compiled")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds, each running both sides in turn")
-    parser.add_argument("--data_path", default="demo", help="images, as main_dino.py's")
-    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    return parser
+    return step_parser("benchmarks.compile_step", arch="vit_tiny", out_dim=4096)  # the head is not compiled
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        parents=[get_args_parser()], description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    args = parser.parse_args(argv)
-    flags = ["--batch_size_per_gpu", str(args.batch_size)]
-    for key in ("arch", "mode", "amp", "out_dim", "data_path"):
-        flags += [f"--{key}", str(getattr(args, key))]
-    seconds, first, error = compare(flags, choose_device(args.device), args.rounds)
+    args = parse_described(get_args_parser(), __doc__, argv)
+    seconds, first, error = compare(run_flags(args), choose_device(args.device), args.rounds)
     say("| model | autocast | step | ms | of eager | first steps, s |\n|---|---|---|---|---|---|")
     for name, value in seconds.items():
         ratio = seconds["eager"] / value
@@ -67,10 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     paid = math.ceil((first["compiled"] - first["eager"]) / gain) if gain > 0 else None
     say(f"compiling is paid back after {paid} steps" if paid else "compiling is never paid back")
     say(f"first losses differ by {error:.1e}")
-    if error > TOLERANCE[args.amp]:
-        say(f"the losses differ by more than {TOLERANCE[args.amp]:.0e}: the times above compare different things")
-        return 1
-    return 0
+    return exit_code(error, TOLERANCE[args.amp])
 
 
 if __name__ == "__main__":

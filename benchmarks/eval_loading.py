@@ -17,6 +17,7 @@ import torch
 from data.datasets import open_images
 from data.loader import EvalSet, normalize
 from data.source import ImageSource
+from runtime.cli import parse_described
 from runtime.guards import run_program
 from runtime.hardware import keep_freed_memory
 from runtime.log import say
@@ -71,7 +72,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = argparse.ArgumentParser(parents=[get_args_parser()], description=__doc__.splitlines()[0]).parse_args(argv)
+    args = parse_described(get_args_parser(), __doc__, argv)
     torch.set_num_threads(1)
     keep_freed_memory()  # for both sides, as the programs do on a CPU
     source = open_images(args.data_path)

@@ -26,6 +26,7 @@ from data.datasets import FileSource, open_images
 from data.loader import build_train_loader
 from data.sampler import TrainSampler
 from data.source import ImageSource, PackedStrings
+from runtime.cli import parse_described
 from runtime.guards import run_program
 from runtime.log import say
 
@@ -107,7 +108,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = argparse.ArgumentParser(parents=[get_args_parser()], description=__doc__.splitlines()[0]).parse_args(argv)
+    args = parse_described(get_args_parser(), __doc__, argv)
     if args.data_path:
         measure_loader(args.data_path, args.workers, args.start_method)
         return 0

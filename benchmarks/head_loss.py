@@ -21,6 +21,7 @@ from benchmarks.measure import peak_bytes, relative_error, timed_in_turn
 from distill.fused_loss import fused_dino_loss, in_place_dino_loss
 from distill.heads import WeightNormLinear
 from distill.losses import DINOLoss
+from runtime.cli import parse_described
 from runtime.distributed import choose_device
 from runtime.guards import run_program
 from runtime.log import say
@@ -96,10 +97,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        parents=[get_args_parser()], description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    args = parser.parse_args(argv)
+    args = parse_described(get_args_parser(), __doc__, argv)
     torch.set_float32_matmul_precision(args.matmul_precision)
     device = choose_device(args.device)
     say("| crops | form | peak MB | of plain | ms | speed | error |\n|---|---|---|---|---|---|---|")

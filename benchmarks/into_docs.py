@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from runtime.checkpoint import write_text_atomic
+from runtime.cli import parse_described
 from runtime.guards import InputError, run_program
 from runtime.reproduce import get_sha
 
@@ -54,7 +55,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = argparse.ArgumentParser(parents=[get_args_parser()], description=__doc__.splitlines()[0]).parse_args(argv)
+    args = parse_described(get_args_parser(), __doc__, argv)
     for path in (args.tables, args.document):
         if not path.exists():
             raise InputError(f"{path} does not exist")

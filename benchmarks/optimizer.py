@@ -23,7 +23,7 @@ from distill import optim
 from distill.heads import DINOHead
 from distill.multicrop import MultiCropWrapper
 from distill.teacher import ParameterAverage
-from runtime.cli import float_or_none
+from runtime.cli import float_or_none, parse_described
 from runtime.distributed import choose_device
 from runtime.guards import run_program
 from runtime.hardware import keep_freed_memory
@@ -105,10 +105,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        parents=[get_args_parser()], description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    args = parser.parse_args(argv)
+    args = parse_described(get_args_parser(), __doc__, argv)
     keep_freed_memory()  # for both sides, as the program does on a CPU
     backbone = backbones.build_backbone(args.arch, mode="simpool")
     model = MultiCropWrapper(backbone, DINOHead(backbone.num_features, args.out_dim, norm_last_layer=False))

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.measure import timed_in_turn
+from runtime.cli import parse_described
 from runtime.guards import EXIT_BAD_INPUT, EXIT_DONE, run_program
 from runtime.log import say
 
@@ -40,7 +41,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = argparse.ArgumentParser(parents=[get_args_parser()], description=__doc__.splitlines()[0]).parse_args(argv)
+    args = parse_described(get_args_parser(), __doc__, argv)
     seconds = timed_in_turn({name: (lambda n=name: answer(n)) for name in COMMANDS}, args.rounds)
     say("| command | seconds | above torch's own import |\n|---|---|---|")
     for name, value in seconds.items():

@@ -26,7 +26,7 @@ from benchmarks.measure import timed_in_turn
 from benchmarks.plain_step import PARTS, PlainStep
 from data.datasets import open_images
 from data.loader import CropBatch, TrainSet
-from runtime.cli import bool_flag
+from runtime.cli import bool_flag, parse_described
 from runtime.distributed import choose_device
 from runtime.guards import run_program
 from runtime.log import say
@@ -95,31 +95,47 @@ def compare(flags: list[str], device: torch.device, rounds: int, each: bool = Fa
     return Result(seconds, seconds.pop("colour"), error, tolerance, run.choice.matmul_precision)
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("benchmarks.train_step", add_help=False)
-    parser.add_argument("--arch", default="vit_small", help="as main_dino.py's")
+def step_parser(name: str, arch: str, out_dim: int) -> argparse.ArgumentParser:
+    """The flags of a program that times main_dino.train_step, with its defaults."""
+    parser = argparse.ArgumentParser(name, add_help=False)
+    parser.add_argument("--arch", default=arch, help="as main_dino.py's")
     parser.add_argument("--mode", default="simpool", choices=["official", "simpool"], help="the pooling")
     parser.add_argument("--amp", default="none", choices=["none", "bf16", "fp16"], help="autocast of ours")
     parser.add_argument("--batch_size", type=int, default=4, help="images")
-    parser.add_argument("--out_dim", type=int, default=65536, help="prototypes")
+    parser.add_argument("--out_dim", type=int, default=out_dim, help="prototypes")
     parser.add_argument("--local_crops_number", type=int, default=6, help="crops of 96 pixels beside 2 of 224")
     parser.add_argument("--rounds", type=int, default=5, help="rounds, each running all sides in turn")
     parser.add_argument("--matmul_precision", default="auto", help="of ours, as main_dino.py's")
-    parser.add_argument("--each", type=bool_flag, default=False, help="each change alone as well")
     parser.add_argument("--data_path", default="demo", help="images, as main_dino.py's")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        parents=[get_args_parser()], description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    args = parser.parse_args(argv)
+def run_flags(args: argparse.Namespace) -> list[str]:
+    """main_dino.py's flags for arguments of `step_parser`."""
     flags = ["--batch_size_per_gpu", str(args.batch_size)]
     for key in ("arch", "mode", "amp", "out_dim", "local_crops_number", "matmul_precision", "data_path"):
         flags += [f"--{key}", str(getattr(args, key))]
-    result = compare(flags, choose_device(args.device), args.rounds, args.each)
+    return flags
+
+
+def exit_code(error: float, tolerance: float) -> int:
+    """1, with a line that says why, where two sides' losses differ by more than the tolerance; else 0."""
+    if error <= tolerance:
+        return 0
+    say(f"the losses differ by more than {tolerance:.0e}: the times above compare different things")
+    return 1
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = step_parser("benchmarks.train_step", arch="vit_small", out_dim=65536)
+    parser.add_argument("--each", type=bool_flag, default=False, help="each change alone as well")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_described(get_args_parser(), __doc__, argv)
+    result = compare(run_flags(args), choose_device(args.device), args.rounds, args.each)
     plain, ours = result.seconds["plain"], result.seconds["ours"]
     say("| model | autocast of ours | step | ms | of plain |\n|---|---|---|---|---|")
     for name, seconds in result.seconds.items():
@@ -127,10 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     say(f"first losses differ by {result.error:.1e}, matmul precision of ours {result.precision}")
     share = result.colour / (ours + result.colour)
     say(f"colour stage {1e3 * result.colour:.0f} ms, {share:.1%} of a step of ours with it")
-    if result.error > result.tolerance:
-        say(f"the losses differ by more than {result.tolerance:.0e}: the times above compare different things")
-        return 1
-    return 0
+    return exit_code(result.error, result.tolerance)
 
 
 if __name__ == "__main__":

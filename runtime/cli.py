@@ -73,6 +73,14 @@ def add_launcher_flags(group: argparse._ActionsContainer) -> None:
     add_flag(group, "--local_rank", type=int, default=0, help="accepted and ignored: launchers set LOCAL_RANK")
 
 
+def parse_described(flags: argparse.ArgumentParser, doc: str | None, argv: list[str] | None) -> argparse.Namespace:
+    """The arguments of a small program; its --help begins with `doc`, the module's, as it is laid out."""
+    parser = argparse.ArgumentParser(
+        parents=[flags], description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    return parser.parse_args(argv)
+
+
 # ------------------------------------------------------------------------------------------------ config files
 
 

@@ -19,7 +19,7 @@ from data.datasets import SPLITS, open_images
 from data.decode import BadImage
 from data.source import ImageSource
 from runtime.checkpoint import write_text_atomic
-from runtime.cli import add_flag
+from runtime.cli import add_flag, parse_described
 from runtime.guards import EXIT_DONE, EXIT_FAILED, run_program
 from runtime.log import progress, say
 
@@ -79,10 +79,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, parents=[get_args_parser()], formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    args = parser.parse_args(argv)
+    args = parse_described(get_args_parser(), __doc__, argv)
     torch.set_num_threads(1)
     source = open_images(args.data_path, args.split, in_chans=args.in_chans)
     bad: list[str] = []

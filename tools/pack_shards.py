@@ -23,7 +23,7 @@ from data.datasets import SPLITS, open_images
 from data.decode import BadImage
 from data.source import ImageSource
 from runtime.checkpoint import write_text_atomic
-from runtime.cli import add_flag
+from runtime.cli import add_flag, parse_described
 from runtime.guards import EXIT_DONE, InputError, run_program
 from runtime.log import progress, say
 
@@ -106,10 +106,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, parents=[get_args_parser()], formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    args = parser.parse_args(argv)
+    args = parse_described(get_args_parser(), __doc__, argv)
     source = open_images(args.data_path, args.split, args.subset)
     shards = pack(source, Path(args.output_dir), args.prefix or args.split, args.images_per_shard)
     say(f"{len(source)} images in {len(shards)} shards: --data_path {args.output_dir}")

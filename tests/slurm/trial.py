@@ -108,16 +108,21 @@ def limited(base: Path, reference: Path) -> None:
     report("time limit of 1 minute", "signalled, saved and requeued twice, COMPLETED, bit-identical")
 
 
+def ends_after_a_restart(number: str, folder: Path, reference: Path) -> None:
+    """Wait until a job that was put back into the queue once has ended well, with the reference's state."""
+    wait("the run", lambda: (folder / "DONE").exists() and ended(number), 900)
+    seen = job(number)
+    assert (seen["JobState"], seen["Restarts"]) == ("COMPLETED", "1"), seen
+    assert_equal_states(reference, folder)
+
+
 def requeued(base: Path, reference: Path) -> None:
     """`scontrol requeue` by hand, in the middle of an epoch: starts again and ends bit-identical."""
     folder = base / "requeued"
     number = submit(folder)["pretrain"]
     wait("the first line", lambda: printed(folder, "epoch 0 ") > 0)
     command("scontrol", "requeue", number)
-    wait("the run", lambda: (folder / "DONE").exists() and ended(number), 900)
-    seen = job(number)
-    assert (seen["JobState"], seen["Restarts"]) == ("COMPLETED", "1"), seen
-    assert_equal_states(reference, folder)
+    ends_after_a_restart(number, folder, reference)
     how = "it had saved" if printed(folder, "continuing ") else "it began anew"
     report("scontrol requeue", f"1 restart ({how}), COMPLETED, bit-identical")
 
@@ -141,10 +146,7 @@ def under_torchrun(base: Path, reference: Path) -> None:
     number = submit(folder, "--launcher", "torchrun")["pretrain"]
     wait("the first line", lambda: printed(folder, "epoch 0 ") > 0)
     command("scancel", "--signal=USR1", number)
-    wait("the run", lambda: (folder / "DONE").exists() and ended(number), 900)
-    seen = job(number)
-    assert (seen["JobState"], seen["Restarts"]) == ("COMPLETED", "1"), seen
-    assert_equal_states(reference, folder)
+    ends_after_a_restart(number, folder, reference)
     report("torchrun, SIGUSR1 to the job", "saved, requeued once, COMPLETED, bit-identical")
 
 
