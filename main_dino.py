@@ -44,7 +44,7 @@ from distill.heads import DINOHead
 from distill.losses import DINOLoss
 from distill.multicrop import MultiCropWrapper
 from distill.teacher import ParameterAverage
-from evaluation import knn, monitors
+from evaluation import features, knn, monitors
 from runtime import hardware
 from runtime.checkpoint import check_writable, plain, read_checkpoint, save_checkpoint, write_json_atomic
 from runtime.cli import (
@@ -656,15 +656,21 @@ class Loop:
             seen = (self.step - self.epoch * state["config"]["steps_per_epoch"]) * before
             self.step = self.epoch * run.steps_per_epoch + min(seen // run.global_batch, run.steps_per_epoch)
 
-    def save(self, saver: CheckpointSaver | None, board: TensorBoard, keep: bool = False) -> dict[str, Any]:
+    def save(self, saver: CheckpointSaver | None, board: TensorBoard) -> dict[str, Any]:
         """Begin to save the state, on rank 0; returns it."""
         self.read_results(everything=True)
         board.flush()  # before the save: what it will not compute again must be on the disk
         state = self.state()
         if saver is not None:
             with self.held_back():
-                saver.save(state, self.step, f"checkpoint{self.epoch:04d}.pth" if keep else None)
+                saver.save(state, self.step, self.kept_name())
         return state
+
+    def kept_name(self) -> str | None:
+        """The further name of a save between two epochs that stays for good, by --saveckp_freq; None of another."""
+        every, at_end_of_epoch = self.run.args.saveckp_freq, self.step == self.epoch * self.run.steps_per_epoch
+        due = every and self.epoch and self.epoch % every == 0 and at_end_of_epoch
+        return f"checkpoint{self.epoch:04d}.pth" if due else None
 
     @contextlib.contextmanager
     def held_back(self) -> Iterator[None]:
@@ -689,7 +695,7 @@ class Loop:
         state = self.save(saver, board)
         if saver is not None:
             with self.held_back():
-                saver.finish(lambda: saver.save(state, self.step), pause_s=1.0 if done else 0.0)
+                saver.finish(lambda: saver.save(state, self.step, self.kept_name()), pause_s=1.0 if done else 0.0)
         self.share_failure()
         return done
 
@@ -706,16 +712,20 @@ class Loop:
             row = self.epoch_row() | {"bad_images": self.bad_images.end_epoch(), "monitors": self.monitor(board)}
             if due and self.val is not None:
                 self.save(saver, board)  # an evaluation takes a while; a kill within it costs no training
-                row["k-NN"] = self.evaluate(board)
+                try:
+                    row["k-NN"] = self.evaluate(board)
+                except features.Interrupted:
+                    say(f"the k-NN evaluation of epoch {self.epoch} was given up; it begins anew when the run goes on")
+                    return self.finish(saver, board, done=False)
             if is_main_process():
                 log.append(row)
             if not finished:  # --max_steps within an epoch
                 break
             self.epoch += 1
             self.meters = utils.MetricLogger()
-            self.save(saver, board, keep=bool(args.saveckp_freq and self.epoch % args.saveckp_freq == 0))
             if self.step >= run.total_steps:
                 break
+            self.save(saver, board)
         return self.finish(saver, board, done=True)
 
     def train_epoch(self, saver: CheckpointSaver | None, board: TensorBoard) -> bool:
@@ -872,12 +882,12 @@ class Loop:
         return values
 
     def evaluate(self, board: TensorBoard) -> dict[str, dict[str, float]]:
-        """k-NN of the teacher, {k: {top1, top5}} in percent."""
+        """k-NN of the teacher, {k: {top1, top5}} in percent. Raises features.Interrupted where asked to stop."""
         run, args = self.run, self.run.args
         results = knn.evaluate(
             run.whole_teacher().backbone, self.train, self.val, args.nb_knn, args.temperature,
             device=run.choice.device, img_size=args.img_size, num_workers=args.num_workers,
-            amp_dtype=run.choice.amp_dtype,
+            amp_dtype=run.choice.amp_dtype, should_stop=lambda: self.stop.requested,
         )  # fmt: skip
         for k, (top1, top5) in results.items():
             say(f"epoch {self.epoch}: {k}-NN top-1 {top1:.2f} %, top-5 {top5:.2f} %")

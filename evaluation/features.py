@@ -55,6 +55,10 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+class Interrupted(Exception):
+    """An extraction was given up because it was asked to stop."""
+
+
 def extract_shard(
     model: nn.Module,
     source: ImageSource,
@@ -70,12 +74,14 @@ def extract_shard(
     indices: np.ndarray | None = None,
     show_progress: bool = True,
     desc: str = "features",
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[Tensor, Tensor]:
     """This rank's share: features (N_r, D) of `dtype` on the CPU, and the indices (N_r,) of their images.
 
     forward: what is applied to a batch (B, C, H, W), default the model; amp_dtype: autocast to it, default none.
     indices: the images of this share, default this rank's part of the whole source.
-    Raises InputError where a feature is not finite.
+    should_stop: asked before every batch.
+    Raises Interrupted where `should_stop` says so, InputError where a feature is not finite.
     """
     device = device or next(model.parameters()).device
     forward = forward or model
@@ -95,6 +101,8 @@ def extract_shard(
     done = 0
     with eval_mode(model), torch.no_grad():
         for images, _ in batches:
+            if should_stop():
+                raise Interrupted
             images = normalize(images.to(device, non_blocking=True))
             with torch.autocast(device.type, dtype=amp_dtype or torch.bfloat16, enabled=amp_dtype is not None):
                 batch = forward(images)

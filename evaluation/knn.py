@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -371,10 +371,12 @@ def evaluate(
     batch_size: int = 128,
     num_workers: int = 4,
     amp_dtype: torch.dtype | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[int, tuple[float, float]]:
     """k-NN of a model on two labelled image sources: {k: (top-1, top-5)}. All ranks take part, and all get the answer.
 
-    The model is put in eval mode and returned to the mode it was in.
+    The model is put in eval mode and returned to the mode it was in. Raises features.Interrupted, on all ranks, where
+    `should_stop` said so on any of them before its features were there.
     """
     settings = {
         "img_size": img_size,
@@ -384,10 +386,16 @@ def evaluate(
         "device": device,
         "amp_dtype": amp_dtype,
         "show_progress": False,
+        "should_stop": should_stop,
     }
     features.require_labels(train_source, val_source)
-    train, index = features.extract_shard(model, train_source, **settings)
-    test = features.extract(model, val_source, **settings)
+    shares = None
+    with contextlib.suppress(features.Interrupted):
+        shares = [features.extract_shard(model, source, **settings) for source in (train_source, val_source)]
+    if not all(all_gather_objects(shares is not None)):
+        raise features.Interrupted
+    (train, index), (test_share, _) = shares
+    test = features.gather_shards(test_share, len(val_source))
     if device is not None and device.type == "cuda":
         test = test.to(device)
     results = knn_accuracies(

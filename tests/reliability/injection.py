@@ -20,6 +20,7 @@ import torch
 import main_dino
 from data.augment import ColourStage
 from distill.losses import DINOLoss
+from evaluation import features
 from runtime import preempt
 
 # Where a run writes to the disk: whole files, and in log.py these functions only (it also prints and counts).
@@ -60,14 +61,23 @@ def _trace(at_line: Any) -> None:
 
 
 def note_steps(rank: int, folder: Path) -> None:
-    """Append to `folder/steps-RANK` the number of each step and when it began, and make `folder/armed-RANK` as soon
-    as the run catches signals.
+    """Append to `folder/steps-RANK` the number of each step and when the run last asked, before it, whether to stop;
+    and make `folder/armed-RANK` as soon as the run catches signals.
     """
     real_step, real_enter = main_dino.train_step, preempt.StopRequest.__enter__
+    asked = 0.0
+
+    def requested(self: preempt.StopRequest) -> bool:
+        nonlocal asked
+        asked = time.monotonic()
+        return flag(self)  # Python runs the handlers of signals that came before this call at its begin
+
+    def flag(self: preempt.StopRequest) -> bool:
+        return vars(self)["flag"]
 
     def train_step(run: Any, batches: Any, step: int, *args: Any) -> Any:
         with open(folder / f"steps-{rank}", "a") as file:
-            file.write(f"{step} {time.monotonic()}\n")
+            file.write(f"{step} {asked}\n")
         return real_step(run, batches, step, *args)
 
     def enter(self: preempt.StopRequest) -> preempt.StopRequest:
@@ -76,6 +86,19 @@ def note_steps(rank: int, folder: Path) -> None:
         return entered
 
     main_dino.train_step, preempt.StopRequest.__enter__ = train_step, enter
+    preempt.StopRequest.requested = property(requested, lambda self, value: vars(self).update(flag=value))
+
+
+def slow_evaluation(rank: int, seconds: float) -> None:
+    """Print "evaluating" at each batch of an evaluation, which takes `seconds` longer."""
+    real = features.normalize
+
+    def normalize(images: Any) -> Any:
+        print("evaluating", flush=True)
+        time.sleep(seconds)
+        return real(images)
+
+    features.normalize = normalize
 
 
 # ---- a disk that fails

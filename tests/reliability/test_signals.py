@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -38,18 +40,42 @@ def start_armed(flags: list, folder: Path, world: int, env: dict[str, str]) -> p
     for old in [*folder.glob("armed-*"), *folder.glob("steps-*")]:
         old.unlink()
     ranks = processes.start(flags, folder, world, env=env, patch=partial(injection.note_steps, folder=folder))
-    deadline = time.monotonic() + 60
-    while len(list(folder.glob("armed-*"))) < world:
-        assert time.monotonic() < deadline, ranks.text()
-        time.sleep(0.002)
+    wait_until(lambda: len(list(folder.glob("armed-*"))) == world, ranks)
     return ranks
 
 
+def wait_until(true: Callable[[], bool], ranks: processes.Ranks) -> None:
+    """Wait for something that a run does, or for its end."""
+    deadline = time.monotonic() + 60
+    while not true() and ranks.processes[0].is_alive():
+        assert time.monotonic() < deadline, ranks.text()
+        time.sleep(0.001)
+
+
 def steps_of(folder: Path, rank: int) -> list[tuple[int, float]]:
-    """(step, when it began) of one start of the run."""
+    """(step, when it was asked before it whether to stop) of one start of the run."""
     path = folder / f"steps-{rank}"
     lines = path.read_text().splitlines() if path.exists() else []
     return [(int(line.split()[0]), float(line.split()[1])) for line in lines]
+
+
+def wait_for_a_moment(draw: random.Random, ranks: processes.Ranks, folder: Path, per_step_s: float) -> None:
+    """Let the run, which catches signals by now, come to one of its next steps, or to none, and a little further."""
+    count = draw.randrange(4)
+    wait_until(lambda: len(steps_of(folder, 0)) >= count, ranks)
+    time.sleep(draw.uniform(0, 1.5) * per_step_s)
+
+
+def send(draw: random.Random, ranks: processes.Ranks) -> tuple[int, float]:
+    """TERM or USR1 to one rank or to all, once or twice; returns which rank was the first to get it, and by when."""
+    number, world = draw.choice([signal.SIGTERM, signal.SIGUSR1]), len(ranks.processes)
+    targets = draw.choice([range(world), [draw.randrange(world)]])
+    sent = 0.0
+    for rank in [*targets] * draw.choice([1, 2]):
+        if ranks.processes[rank].is_alive():
+            os.kill(ranks.pids[rank], number)
+        sent = sent or time.monotonic()
+    return targets[0], sent
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -62,35 +88,27 @@ def test_preempted_at_any_moment(whole: Whole, tmp_path, job, world, moments):
     draw = random.Random(100 * world + moments)
     met, runs = 0, 0
     while met < moments or runs == 0:
-        folder, reached = tmp_path / f"run{runs}", 0
+        folder = tmp_path / f"run{runs}"
         flags = [*whole.flags, "--global_batch_size", 16, "--output_dir", folder, "--requeue", "true"]
         while not (folder / "DONE").exists():
             requeued = len(notes.read_text().splitlines())
-            ranks = start_armed(flags, tmp_path, world, env)
+            ranks, first, sent = start_armed(flags, tmp_path, world, env), 0, math.inf
             if met < moments:
-                # Within what is left of the run; its start, some part of the duration, is over.
-                time.sleep(draw.uniform(0, 0.2) * (1 - reached / 9) * whole.duration_s)
-            number = draw.choice([signal.SIGTERM, signal.SIGUSR1])
-            targets = draw.choice([ranks.processes, [draw.choice(ranks.processes)]])
-            sent = time.monotonic()
-            for process in targets * draw.choice([1, 2]) if met < moments else []:
-                if process.is_alive():
-                    os.kill(process.pid, number)
+                wait_for_a_moment(draw, ranks, tmp_path, whole.duration_s / 9)
+                first, sent = send(draw, ranks)
             codes = ranks.wait()
             assert codes in ([PREEMPTED] * world, [0] * world), ranks.text()
-            if codes[0] == 0:
+            if codes[0] == 0:  # the signal came after the last step, or none did
                 assert (folder / "DONE").exists()
                 continue
             met += 1
             marker = json.loads((folder / "PREEMPTED").read_text())
-            reached = marker["iteration"]
             assert not (folder / "DONE").exists()
             assert read_checkpoint(folder / "checkpoint.pth")["iteration"] == marker["iteration"]
-            for rank in range(world):
-                taken = steps_of(tmp_path, rank)
-                assert taken[-1][0] + 1 == marker["iteration"], "ranks stopped at different steps"
-                # One that had been decided on when the signal came may carry a later time; then one more at most.
-                assert sum(began > sent for _, began in taken) <= 2
+            taken = [steps_of(tmp_path, rank) for rank in range(world)]
+            assert len({tuple(step for step, _ in own) for own in taken}) == 1, "ranks stopped at different steps"
+            assert all(own[-1][0] + 1 == marker["iteration"] for own in taken if own)
+            assert sum(asked > sent for _, asked in taken[first]) <= 1
             assert notes.read_text().splitlines()[requeued:] == ["requeue 4242"]
         assert not (folder / "PREEMPTED").exists()
         if world == 1:
@@ -98,6 +116,25 @@ def test_preempted_at_any_moment(whole: Whole, tmp_path, job, world, moments):
         assert [row["epoch"] for row in rows(folder)] == [0, 1, 2]
         shutil.rmtree(folder)
         runs += 1
+    print(f"{met} signals in {runs} runs")
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_signal_breaks_an_evaluation_off(whole: Whole, tmp_path, world):
+    """No scheduler waits for an evaluation: all ranks give it up, no step is taken, and it is made when they go on."""
+    folder = tmp_path / "run"
+    flags = [*whole.flags, "--global_batch_size", 16, "--output_dir", folder]
+    ranks = processes.start(flags, tmp_path, world, patch=partial(injection.slow_evaluation, seconds=0.5))
+    ranks.wait_for("evaluating", rank=world - 1)
+    os.kill(ranks.pids[world - 1], signal.SIGUSR1)
+    assert ranks.wait() == [PREEMPTED] * world, ranks.text()
+    assert "evaluation of epoch 0 was given up" in ranks.text(0)
+    assert json.loads((folder / "PREEMPTED").read_text())["iteration"] == 3
+    assert not (folder / "log.txt").exists() or rows(folder) == []
+    processes.run(flags, tmp_path, world)
+    if world == 1:
+        assert_equal_states(whole.folder, folder)
+    assert [len(row["k-NN"]) for row in rows(folder)] == [1, 1, 1]
 
 
 def children(pid: int) -> list[int]:
