@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.connection import Connection
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -25,6 +27,40 @@ def timed_in_turn(sides: Mapping[str, Callable[[], object]], rounds: int) -> dic
             if turn > 0:
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+@contextlib.contextmanager
+def run_apart(make: Callable[..., Callable[..., object]], *args: object) -> Iterator[Callable[..., None]]:
+    """A side in a process of its own: `run(...)` here is `make(*args)(...)` there, which has settings of its own.
+
+    It takes its turns as any other side, and waits between them. EOFError where it died; its traceback is printed.
+    """
+    context = torch.multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(there, make, args), daemon=True)
+    process.start()
+    there.close()  # so that the end of the process is the end of the pipe
+
+    def run(*arguments: object) -> None:
+        here.send(arguments)
+        here.recv()
+
+    try:
+        here.recv()  # it is ready
+        yield run
+    finally:
+        here.close()
+        process.join()
+
+
+def _serve(pipe: Connection, make: Callable[..., Callable[..., object]], args: tuple[object, ...]) -> None:
+    run = make(*args)
+    pipe.send("ready")
+    with contextlib.suppress(EOFError):  # nobody asks any more
+        while True:
+            run(*pipe.recv())
+            synchronize()
+            pipe.send("done")
 
 
 def synchronize() -> None:

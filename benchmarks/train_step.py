@@ -6,9 +6,11 @@
 
 Plain (benchmarks/plain_step.py) computes in float32 at the default matmul precision, whatever --amp says for ours. Both
 start from the same weights and take the same crops; the first steps, uncounted, must give the same losses. Printed
-are medians of both sides run in turn in one process, the ratio, and apart from them the colour stage, which the
-published code leaves to its loader: its time and its share in a step of ours that includes it. Both sides run with the
-allocator's settings of the program.
+are medians of all sides run in turn, the ratios, and apart from them the colour stage, which the published code leaves
+to its loader: its time and its share in a step of ours that includes it.
+
+On a CPU plain runs twice: in the process of ours, so with the program's settings of the allocator, and in a process of
+its own with the system's, as published code does.
 
 Drop path is off, so that the sides can be compared; clipping is on (3.0), the prototypes train from the first step.
 """
@@ -16,22 +18,26 @@ Drop path is off, so that the sides can be compared; clipping is on (3.0), the p
 from __future__ import annotations
 
 import argparse
+import contextlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import main_dino
-from benchmarks.measure import timed_in_turn
+from benchmarks.measure import run_apart, timed_in_turn
 from benchmarks.plain_step import PARTS, PlainStep
 from data.datasets import open_images
 from data.loader import CropBatch, TrainSet
+from runtime import hardware
 from runtime.cli import bool_flag, parse_described
 from runtime.distributed import choose_device
 from runtime.guards import run_program
 from runtime.log import say
 
 CHECKED_STEPS = 3
+APART = "plain, system's allocator"
 TOLERANCE = {"none": 1e-5, "bf16": 2e-2, "fp16": 1e-2}  # of the losses, relative
 # torch's BatchNorm on CPU adds up a channel in one float32 sum where channels come last: 3e-5 off in one layer of a
 # ResNet-50 (4e-8 where they come first), and 53 untrained layers amplify that.
@@ -71,6 +77,14 @@ class OwnStep:
         return main_dino.train_step(self.run, [self.batch], step)
 
 
+def plain_apart(flags: list[str], device: torch.device) -> Callable[[], Tensor]:
+    """A plain step for a process of its own, which leaves the allocator as the system has set it."""
+    hardware.keep_freed_memory = lambda: False
+    run, batch = build(flags, device)
+    crops, side = run.colour(batch.crops, batch.colour), PlainStep(run)
+    return lambda: side(crops, CHECKED_STEPS)
+
+
 def compare(flags: list[str], device: torch.device, rounds: int, each: bool = False) -> Result:
     """Times of plain, of plain with each part exchanged (where `each`), and of ours, which trains as `flags` say."""
     run, batch = build(flags, device)
@@ -88,7 +102,11 @@ def compare(flags: list[str], device: torch.device, rounds: int, each: bool = Fa
         error = max([error, *(abs(side(crops, step) / loss - 1) for side in plain.values())])
     sides = {name: (lambda s=side: s(crops, CHECKED_STEPS)) for name, side in plain.items()}
     sides["ours"] = lambda: own(CHECKED_STEPS)
-    seconds = timed_in_turn({**sides, "colour": lambda: colour(batch.crops, batch.colour)}, rounds)
+    sides["colour"] = lambda: colour(batch.crops, batch.colour)
+    with contextlib.ExitStack() as stack:
+        if device.type == "cpu":
+            sides[APART] = stack.enter_context(run_apart(plain_apart, flags, device))
+        seconds = timed_in_turn(sides, rounds)
     tolerance = TOLERANCE[run.choice.amp]
     if run.choice.channels_last and device.type == "cpu":
         tolerance = max(tolerance, TOLERANCE_CHANNELS_LAST)
@@ -136,10 +154,11 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = parse_described(get_args_parser(), __doc__, argv)
     result = compare(run_flags(args), choose_device(args.device), args.rounds, args.each)
-    plain, ours = result.seconds["plain"], result.seconds["ours"]
-    say("| model | autocast of ours | step | ms | of plain |\n|---|---|---|---|---|")
+    plain, ours, apart = (result.seconds.get(name) for name in ("plain", "ours", APART))
+    say(f"| model | autocast of ours | step | ms | of plain | of {APART} |\n|---|---|---|---|---|---|")
     for name, seconds in result.seconds.items():
-        say(f"| {args.arch} | {args.amp} | {name} | {1e3 * seconds:.0f} | {plain / seconds:.2f}x |")
+        ratios = f"{plain / seconds:.2f}x | {apart / seconds:.2f}x" if apart else f"{plain / seconds:.2f}x | "
+        say(f"| {args.arch} | {args.amp} | {name} | {1e3 * seconds:.0f} | {ratios} |")
     say(f"first losses differ by {result.error:.1e}, matmul precision of ours {result.precision}")
     share = result.colour / (ours + result.colour)
     say(f"colour stage {1e3 * result.colour:.0f} ms, {share:.1%} of a step of ours with it")

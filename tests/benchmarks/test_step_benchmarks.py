@@ -1,10 +1,13 @@
 """The benchmarks of the step in quick form: both sides compute the same; times are never judged here."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
 from benchmarks import head_loss, simpool_layer
-from benchmarks.measure import peak_bytes, timed_in_turn
+from benchmarks.measure import peak_bytes, run_apart, timed_in_turn
 from distill import fused_loss
 
 CPU = torch.device("cpu")
@@ -30,6 +33,29 @@ def test_peak_counts_what_is_held_at_once():
     """Tensors that are freed before the next do not add up."""
     one = peak_bytes(lambda: [torch.ones(1000).sum().item() for _ in range(3)], CPU)
     assert 4000 <= one < 8000
+
+
+def note_process(path):
+    """A side that appends the process it runs in, and its argument."""
+
+    def run(word):
+        with open(path, "a") as file:
+            file.write(f"{os.getpid()} {word}\n")
+
+    return run
+
+
+def test_a_side_apart_runs_in_one_process_of_its_own(tmp_path):
+    """It is built once, has run when the call returns, and is gone afterwards."""
+    path = tmp_path / "runs"
+    with run_apart(note_process, path) as run:
+        run("first")
+        assert path.read_text().endswith(" first\n")
+        run("second")
+    (one, _), (two, word) = (line.split() for line in path.read_text().splitlines())
+    assert one == two != str(os.getpid())
+    assert word == "second"
+    assert not Path(f"/proc/{one}").exists()
 
 
 def test_sides_run_in_turn():
