@@ -5,7 +5,7 @@ Two entry points beside DINOLoss, both pure functions of their inputs with the s
 - `fused_dino_loss` takes what the prototypes see, and goes over the K prototypes in chunks, twice: once for the
   log-sum-exp of every row, once for loss and gradients, with the logits of a chunk computed anew. It holds neither
   the (V·B, K) logits nor the normalised weight; beside the weight's gradient it needs a few chunks.
-- `in_place_dino_loss` takes logits, goes over the images, and writes the gradient where the logits stood.
+- `in_place_dino_loss` takes logits, goes over the images, a few at a time, and writes the gradient where they stood.
 
 Both read the teacher's output once for its normaliser and sum, and once for its probabilities. Everything but the
 matrix products is float32; these follow autocast.
@@ -32,6 +32,10 @@ from distill.heads import WeightNormLinear
 # Elements of a chunk of logits and its weights: on CPU they stay in the second-level cache.
 CHUNK_ELEMENTS = {"cpu": 1 << 20}
 CHUNK_ELEMENTS_DEFAULT = 1 << 26
+# Elements of the images' logits that are handled at a time where the gradient is written in place: on CPU an image's
+# rows stay in the cache; elsewhere a few kernels over many images cost less than many launches.
+IMAGES_ELEMENTS = {"cpu": 1}
+IMAGES_ELEMENTS_DEFAULT = 1 << 24
 
 Terms = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -222,14 +226,16 @@ class _InPlaceLoss(torch.autograd.Function):
         teacher = teacher.unflatten(0, (2, batch))
         teacher_sum = torch.zeros_like(center, dtype=dtype)
         loss, entropy = weights.new_zeros(()), weights.new_zeros(())
-        for image in range(batch):  # (V + 2) rows: a few megabytes, which stay in the cache of a CPU
-            part = slice(image, image + 1)
-            raw = teacher[:, part].flatten(0, 1).to(dtype)  # (2, K)
+        elements = IMAGES_ELEMENTS.get(student.device.type, IMAGES_ELEMENTS_DEFAULT)
+        images = max(1, elements // student[:, 0].numel())  # b of them at a time
+        for first in range(0, batch, images):
+            part = slice(first, first + images)
+            raw = teacher[:, part].flatten(0, 1).to(dtype)  # (2·b, K)
             teacher_sum += raw.sum(0)
             log_q = _log_softmax(_centered(raw, center, settings))
             q = log_q.exp()
             entropy -= _dot(q, log_q)
-            log_p = _log_softmax(student[:, part].to(dtype, copy=True).div_(settings.student_temp))  # (V, 1, K)
+            log_p = _log_softmax(student[:, part].to(dtype, copy=True).div_(settings.student_temp))  # (V, b, K)
             targets = _targets(q, settings.views)
             loss -= _cross_entropy(log_p, targets, weights)
             if settings.wants_grad:

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from distill import fused_loss
 from distill.fused_loss import fused_dino_loss, in_place_dino_loss
 from distill.heads import WeightNormLinear
 from distill.losses import DINOLoss
@@ -78,9 +79,11 @@ def test_fused_equals_the_sum_over_pairs(views, chunk, keep_logits):
         assert (actual - value).norm() <= 1e-5 * value.norm()
 
 
+@pytest.mark.parametrize("images", [1, 2, 3])
 @pytest.mark.parametrize("views", [2, 3, 6])
-def test_in_place_equals_the_sum_over_pairs(views):
-    """From logits the terms and the gradient are those of the plain sum over pairs."""
+def test_in_place_equals_the_sum_over_pairs(monkeypatch, views, images):
+    """From logits the terms and the gradient are those of the plain sum over pairs, however many images at a time."""
+    monkeypatch.setitem(fused_loss.IMAGES_ELEMENTS, "cpu", images * views * K)
     student, layer, teacher, center = inputs(views)
     logits = layer(student).detach().requires_grad_()
     wanted_loss, wanted_entropy = expected(logits, teacher, center, views)

@@ -1,0 +1,105 @@
+"""The training step on a CUDA device that is not there: tensors without content that know their device.
+
+Asking such a tensor for its value is an error, as is an operation between host and device. The backward pass is left
+out: torch's engine runs it only where there is a device.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+import main_dino
+import vision_transformer
+from data.datasets import open_images
+from data.loader import CropBatch, TrainSet
+
+CUDA = torch.device("cuda", 0)
+TINY = [
+    "--img_size", "32", "--local_crops_size", "16", "--local_crops_number", "2", "--out_dim", "64", "--device", "cpu",
+    "--batch_size_per_gpu", "3", "--data_path", "demo", "--num_workers", "0", "--freeze_last_layer", "0",
+]  # fmt: skip
+VIT = ["--arch", "vit_tiny", "--patch_size", "8", "--embed_dim", "24", "--depth", "2", "--num_heads", "2"]
+RUNS = {
+    "vit": [*VIT, "--mode", "simpool", "--amp", "bf16"],
+    "vit, drop path": [*VIT, "--mode", "simpool", "--amp", "bf16", "--drop_path_rate", "0.5"],
+    "official vit": [*VIT, "--mode", "official", "--amp", "fp16"],
+    "resnet": ["--arch", "resnet18", "--mode", "simpool", "--amp", "fp16", "--optimizer", "lars"],
+    "convnext": ["--arch", "convnext_tiny", "--amp", "none", "--img_size", "64", "--local_crops_size", "32"],
+}
+
+
+class HostParameters:
+    """Colour parameters (V, B, P), which stay in host memory and keep their values."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self._values = values
+
+    def flatten(self, *_: int) -> HostParameters:
+        return HostParameters(self._values.reshape(-1, self._values.shape[-1]))
+
+    def detach(self) -> HostParameters:
+        return self
+
+    def cpu(self) -> HostParameters:
+        return self
+
+    def numpy(self) -> np.ndarray:
+        return self._values
+
+
+@pytest.fixture
+def step(monkeypatch):
+    """step(flags) -> a run on the device, and two micro-batches of it whose crops are there."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    for module in (nn.init, vision_transformer):  # it asks its tensor for its values
+        monkeypatch.setattr(module, "trunc_normal_", lambda tensor, **_: tensor)
+    monkeypatch.setattr(nn.Module, "to", lambda self, *_, **__: self)  # models are made on the device
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
+
+    def build(flags: list[str]) -> tuple[main_dino.Pretraining, list[CropBatch]]:
+        args = main_dino.parse_arguments([*TINY, *flags])
+        source = open_images("demo", "train")
+        batch = TrainSet(source, main_dino.crop_spec(args), 0).__getitems__([(0, i) for i in range(3)])
+        colour = [HostParameters(parameters.numpy()) for parameters in batch.colour]
+        mode.__enter__()
+        with CUDA:
+            run = main_dino.build_pretraining(args, len(source), CUDA)
+        monkeypatch.setattr(Tensor, "backward", lambda *_: give_gradients(run.student))
+        crops = [torch.empty(group.shape, dtype=group.dtype, device=CUDA) for group in batch.crops]
+        return run, [batch._replace(crops=crops, colour=colour)] * 2
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    yield build
+    mode.__exit__(None, None, None)
+
+
+def give_gradients(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.empty_like(parameter)
+
+
+@pytest.mark.parametrize("flags", RUNS.values(), ids=RUNS)
+def test_a_step_never_waits_for_the_device(step, flags):
+    """Colours, forward passes, loss, clipping, optimizer, average, center and statistics ask for no value, and leave
+    everything on the device.
+    """
+    run, batches = step(flags)
+    result = main_dino.train_step(run, batches, 0)
+    assert result.device == CUDA
+    assert result.shape == (len(main_dino.RESULTS),)
+    tensors = [*run.student.state_dict().values(), *run.teacher.state_dict().values(), run.loss.center]
+    assert {tensor.device for tensor in tensors} == {CUDA}
+
+
+def test_a_question_is_found(step, monkeypatch):
+    """A step whose average asks whether to skip fails here."""
+    run, batches = step(RUNS["vit"])
+    monkeypatch.setattr(run.average, "update", lambda momentum, skip: skip.item())
+    with pytest.raises(DataDependentOutputException):
+        main_dino.train_step(run, batches, 0)
