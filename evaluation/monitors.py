@@ -66,9 +66,9 @@ def effective_rank(features: Tensor) -> float:
     """
     if not features.isfinite().all():
         return math.nan  # the entropy's warning tells; singular values do not exist
-    centred = features.double() - features.double().mean(0)
-    values = torch.linalg.svdvals(centred.cpu())
-    if values.sum() <= 1e-9 * features.double().norm().cpu():
+    features = features.cpu().double()  # in this order: MPS has no float64
+    values = torch.linalg.svdvals(features - features.mean(0))
+    if values.sum() <= 1e-9 * features.norm():
         return 1.0
     share = values / values.sum()
     return (-(share * share.clamp_min(1e-300).log()).sum()).exp().item()
