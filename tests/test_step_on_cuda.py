@@ -1,7 +1,7 @@
 """The training step on a CUDA device that is not there: tensors without content that know their device.
 
-Asking such a tensor for its value is an error, as is an operation between host and device. The backward pass is left
-out: torch's engine runs it only where there is a device.
+Asking such a tensor for its value is an error, as is an operation between host and device. torch's engine runs a
+backward pass only where there is a device; it is followed on meta tensors, which have no values either.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class HostParameters:
 
 @pytest.fixture(scope="module")
 def contentless_cuda() -> None:
-    """Older torch wants a driver even for tensors without content."""
+    """Older torch wants a driver even for tensors without content, and lacks operations on them."""
     try:
         with FakeTensorMode():
             torch.empty(2, device=CUDA).uniform_()
@@ -113,3 +113,18 @@ def test_a_question_is_found(step, monkeypatch):
     monkeypatch.setattr(run.average, "update", lambda momentum, skip: skip.item())
     with pytest.raises(DataDependentOutputException):
         main_dino.train_step(run, batches, 0)
+
+
+@pytest.mark.parametrize("name", ["vit", "official vit", "resnet", "convnext"])
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_backward_asks_for_no_value(contentless_cuda, name, checkpointing):
+    """From the loss to every parameter."""
+    args = main_dino.parse_arguments([*TINY, *RUNS[name], "--amp", "none", "--grad_checkpointing", checkpointing])
+    run = main_dino.build_pretraining(args, 12, torch.device("cpu"))
+    student, teacher, loss = (module.to("meta") for module in (run.student, run.teacher, run.loss))
+    crops = [torch.empty(v * 3, 3, s, s, device="meta") for v, s in main_dino.crop_spec(args).resolutions]
+    with torch.no_grad():
+        targets = teacher(crops[:1])
+    total, *_ = loss.step_terms(student(crops), targets, 0)
+    total.backward()
+    assert all(p.grad is not None and p.grad.is_meta for p in student.parameters() if p.requires_grad)
