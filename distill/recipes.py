@@ -108,8 +108,3 @@ def recipe_name(arch: str, recipe: str = "auto") -> str:
     if recipe not in RECIPES:
         raise ValueError(f"unknown recipe {recipe!r}; choose auto, {', '.join(RECIPES)}")
     return recipe
-
-
-def recipe_defaults(arch: str, recipe: str = "auto") -> dict[str, Any]:
-    """A recipe's values by flag name."""
-    return dict(RECIPES[recipe_name(arch, recipe)])
