@@ -114,9 +114,9 @@ def test_the_lock_names_its_holder_and_dies_with_it(tmp_path):
 def test_the_lock_is_not_held_by_forked_workers(tmp_path):
     """A loader worker that outlives its killed parent for a while does not keep the folder locked."""
     code = f"from runtime.lock import FolderLock; from pathlib import Path; l = FolderLock(Path({str(tmp_path)!r})); " \
-           "import os, time; pid = os.fork(); print(pid, flush=True) if pid else None; time.sleep(60)"  # fmt: skip
+           "import os, time; pid = os.fork(); pid or print(os.getpid(), flush=True); time.sleep(60)"  # fmt: skip
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    worker = int(holder.stdout.readline())
+    worker = int(holder.stdout.readline())  # it has begun
     with pytest.raises(InputError, match="another run is using"):
         FolderLock(tmp_path)
     holder.kill()
