@@ -70,7 +70,7 @@ def open_demo(data_path: str, split: str, in_chans: int = 3) -> DemoSource:
     return DemoSource(split, int(size or SIZES[0]), in_chans)
 
 
-def _read_photograph(label: str) -> np.ndarray:
+def read_photograph(label: str) -> np.ndarray:
     """(H, W, 3) uint8."""
     package, file = PHOTOGRAPHS[label]
     import importlib.util
@@ -92,7 +92,7 @@ def _patches(split: str, size: int) -> tuple[np.ndarray, np.ndarray]:
     pixels = np.empty((count, size, size, 3), dtype=np.uint8)
     labels = np.arange(count) % len(PHOTOGRAPHS)
     for number, label in enumerate(PHOTOGRAPHS):
-        photograph = _read_photograph(label)
+        photograph = read_photograph(label)
         edge = int(photograph.shape[1] * TRAIN_PART)
         part = Image.fromarray(photograph[:, :edge] if split == "train" else photograph[:, edge:])
         largest = min(size * LARGEST_PATCH, part.width, part.height)

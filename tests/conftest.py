@@ -38,35 +38,49 @@ def _unpacked(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path | Non
     return folder
 
 
-def _demo_folder(root: Path, train: int, val: int, size: int) -> Path:
-    """The built-in demo photographs written out as an image-folder root, where the shared images are absent."""
+def _photographs(root: Path, count: int = 100) -> Path:
+    """A bare folder of JPEG files of varied sizes, cut from the built-in photographs."""
+    from PIL import Image
+
+    from data.demo import PHOTOGRAPHS, read_photograph
+
+    for i in range(count):
+        pixels = read_photograph(list(PHOTOGRAPHS)[i % len(PHOTOGRAPHS)])
+        height, width = (
+            min(side, 150 + 37 * i % length) for side, length in zip(pixels.shape, (240, 330), strict=False)
+        )
+        Image.fromarray(pixels[-height:, :width]).save(root / f"photograph_{i:03d}.JPEG")
+    return root
+
+
+def _class_folders(root: Path, classes: int = 10) -> Path:
+    """An image-folder root of the built-in patches of some photographs, 32 pixels, about 200 and 50 of each."""
     from PIL import Image
 
     from data.datasets import open_images
 
-    for split, count in (("train", train), ("val", val)):
-        source = open_images(f"demo:{size}", split)
-        for i in range(0, len(source), max(1, len(source) // count)):
-            folder = root / split / source.classes[source.labels[i]]
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(source.load(i)).save(folder / f"{i:05d}.jpg")
+    for split in ("train", "val"):
+        source = open_images("demo:32", split)
+        for i in range(len(source)):
+            if source.labels[i] < classes:
+                folder = root / split / source.classes[source.labels[i]]
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(source.load(i)).save(folder / f"{i:05d}.jpg")
     return root
 
 
 @pytest.fixture(scope="session")
 def imagenet_sample(tmp_path_factory) -> Path:
-    """A bare folder of about 100 real photographs (JPEG, varied sizes), without labels."""
+    """A bare folder of 100 real photographs (JPEG, varied sizes), without labels."""
     folder = _unpacked("imagenet_sample_100", tmp_path_factory)
-    if folder is not None:
-        return folder
-    return _demo_folder(tmp_path_factory.mktemp("photographs"), 100, 10, 48) / "train"
+    return folder if folder is not None else _photographs(tmp_path_factory.mktemp("photographs"))
 
 
 @pytest.fixture(scope="session")
 def cifar10(tmp_path_factory) -> Path:
-    """An image-folder root (train/ and val/, class folders) of small real JPEG images."""
+    """An image-folder root (train/ and val/, ten class folders) of small real JPEG images."""
     folder = _unpacked("cifar10_12k", tmp_path_factory)
-    return folder if folder is not None else _demo_folder(tmp_path_factory.mktemp("small"), 2000, 500, 32)
+    return folder if folder is not None else _class_folders(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="session")

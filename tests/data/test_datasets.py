@@ -234,14 +234,14 @@ def test_demo_splits_each_photograph_at_one_column(monkeypatch):
     from data import demo
 
     before = demo._patches("val", 32)[0].copy()
-    read = demo._read_photograph
+    read = demo.read_photograph
 
     def painted(label):
         pixels = read(label).copy()
         pixels[:, : int(pixels.shape[1] * demo.TRAIN_PART)] = 0
         return pixels
 
-    monkeypatch.setattr(demo, "_read_photograph", painted)
+    monkeypatch.setattr(demo, "read_photograph", painted)
     assert np.array_equal(demo._patches.__wrapped__("val", 32)[0], before)
     assert demo._patches.__wrapped__("train", 32)[0].max() == 0
 
