@@ -46,9 +46,7 @@ def _photographs(root: Path, count: int = 100) -> Path:
 
     for i in range(count):
         pixels = read_photograph(list(PHOTOGRAPHS)[i % len(PHOTOGRAPHS)])
-        height, width = (
-            min(side, 150 + 37 * i % length) for side, length in zip(pixels.shape, (240, 330), strict=False)
-        )
+        height, width = min(pixels.shape[0], 150 + 37 * i % 240), min(pixels.shape[1], 150 + 37 * i % 330)
         Image.fromarray(pixels[-height:, :width]).save(root / f"photograph_{i:03d}.JPEG")
     return root
 
