@@ -132,7 +132,7 @@ PANELS: tuple[tuple[str, tuple[tuple[str, str], ...], str], ...] = (
     ("Teacher entropy and KL", (("train_entropy", "entropy"), ("train_kl", "KL")), "linear"),
     ("Learning rate", (("train_lr", "lr"),), "linear"),
     ("Signs of collapse", (("entropy", "teacher entropy / log K"), ("mean_cosine", "mean cosine")), "linear"),
-    ("What the teacher's output tells of the image", (("information", "nats"),), "linear"),
+    ("Information of the output (nats)", (("information", "nats"),), "linear"),
     ("Effective rank of the features", (("effective_rank", "effective rank"),), "linear"),
     ("Norm of the center", (("center_norm", "norm"),), "linear"),
 )

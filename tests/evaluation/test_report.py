@@ -38,6 +38,18 @@ def test_a_page_holds_curves_tables_and_configuration_in_itself(tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_titles_fit_their_panels(tmp_path, monkeypatch):
+    """With every panel there is, in three columns, no title is cut off or reaches into the next one."""
+    made, real = [], report.new_figure
+    monkeypatch.setattr(report, "new_figure", lambda *args: made.append(real(*args)) or made[-1])
+    keys = [key for _, lines, _ in report.PANELS for key, _ in lines]
+    report.plot_curves([{"epoch": epoch, **dict.fromkeys(keys, 1.0)} for epoch in range(3)], tmp_path / "curves.png")
+    ((figure, axes),) = made
+    figure.canvas.draw()  # saving measured at another resolution
+    for axis in axes.flat:
+        assert axis.title.get_window_extent().width < figure.bbox.width / axes.shape[1]
+
+
 def test_a_torn_line_and_missing_values_do_not_stop_a_report(tmp_path):
     """A log cut in the middle of a line, with nulls in it, is plotted as far as it goes."""
     (tmp_path / "log.txt").write_text('{"epoch": 0, "train_loss": null}\n{"epoch": 1, "train_loss": 3.0}\n{"epo')
