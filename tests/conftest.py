@@ -33,7 +33,7 @@ def _unpacked(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path | Non
         return None
     root = tmp_path_factory.mktemp(name)
     with tarfile.open(archive) as tar:
-        tar.extractall(root, filter="data")
+        tar.extractall(root, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # since 3.11.4
     (folder,) = root.iterdir()
     return folder
 
