@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pytest
@@ -152,12 +153,19 @@ def test_nothing_but_broken_files_is_an_input_error(tmp_path, broken):
         TrainSet(broken, SPEC, 0).__getitems__([(0, 3)])
 
 
+def started(loader: Iterable) -> tuple[Iterator, list[multiprocessing.Process]]:
+    """An iterator that has given one batch, and its own workers: those of an earlier test may be on their way out."""
+    before = {child.pid for child in multiprocessing.active_children()}
+    iterator = iter(loader)
+    next(iterator)
+    return iterator, [child for child in multiprocessing.active_children() if child.pid not in before]
+
+
 def test_a_killed_worker_is_a_clear_error_within_ten_seconds(source):
     """SIGKILL on a worker ends the loop with a RuntimeError that names the likely cause."""
     sampler = TrainSampler(len(source), 2)
-    iterator = iter(build_train_loader(source, SPEC, sampler, num_workers=2, prefetch_factor=1))
-    next(iterator)
-    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    iterator, workers = started(build_train_loader(source, SPEC, sampler, num_workers=2, prefetch_factor=1))
+    os.kill(workers[0].pid, signal.SIGKILL)
     start = time.monotonic()
     with pytest.raises(RunStopped, match="a loader worker is gone"):
         list(iterator)
@@ -166,9 +174,8 @@ def test_a_killed_worker_is_a_clear_error_within_ten_seconds(source):
 
 def test_a_killed_worker_interrupts_nothing_but_the_loader(source):
     """While the training process does something else, a save say, the death of a worker raises nothing there."""
-    iterator = iter(build_train_loader(source, SPEC, TrainSampler(len(source), 2), num_workers=1))
-    next(iterator)
-    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    iterator, (worker,) = started(build_train_loader(source, SPEC, TrainSampler(len(source), 2), num_workers=1))
+    os.kill(worker.pid, signal.SIGKILL)
     deadline = time.monotonic() + 1
     while time.monotonic() < deadline:
         time.sleep(0.01)
@@ -192,11 +199,10 @@ def test_an_error_in_a_worker_is_not_taken_for_a_lost_one(source, monkeypatch):
 def test_workers_leave_signals_to_the_training_process(source):
     """SIGTERM, SIGINT and SIGUSR1 from elsewhere change nothing for a worker: the epoch comes to its end."""
     loader = build_train_loader(source, SPEC, TrainSampler(len(source), 4), num_workers=1)
-    iterator = iter(loader)
-    next(iterator)
-    for child in multiprocessing.active_children():
+    iterator, workers = started(loader)
+    for worker in workers:
         for name in ("TERM", "INT", "USR1"):
-            subprocess.run(["kill", f"-{name}", str(child.pid)], check=True)
+            subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
     assert 1 + sum(1 for _ in iterator) == len(source) // 4
 
 
@@ -257,9 +263,7 @@ def test_impossible_loaders_are_input_errors(source, change):
 
 def test_the_training_process_can_end_its_workers(source):
     """SIGTERM from the parent ends a worker at once, so that no exit waits for one."""
-    iterator = iter(build_train_loader(source, SPEC, TrainSampler(len(source), 4), num_workers=1))
-    next(iterator)
-    (worker,) = multiprocessing.active_children()
+    _iterator, (worker,) = started(build_train_loader(source, SPEC, TrainSampler(len(source), 4), num_workers=1))
     worker.terminate()
     worker.join(3)
     assert worker.exitcode == 0
