@@ -690,9 +690,14 @@ class Loop:
             message, code = met[0]
             raise RunStopped(f"another process of the run stopped it: {message}", code)
 
-    def finish(self, saver: CheckpointSaver | None, board: TensorBoard, done: bool) -> bool:
-        """Save for the last time and see it through, on all processes; returns `done`."""
-        state = self.save(saver, board)
+    def finish(
+        self, saver: CheckpointSaver | None, board: TensorBoard, done: bool, saved: dict[str, Any] | None = None
+    ) -> bool:
+        """Save for the last time and see it through, on all processes; returns `done`.
+
+        `saved` is the state where its save has begun already.
+        """
+        state = saved or self.save(saver, board)
         if saver is not None:
             with self.held_back():
                 saver.finish(lambda: saver.save(state, self.step, self.kept_name()), pause_s=1.0 if done else 0.0)
@@ -711,12 +716,12 @@ class Loop:
             due = args.eval_every and ((self.epoch + 1) % args.eval_every == 0 or self.step == run.total_steps)
             row = self.epoch_row() | {"bad_images": self.bad_images.end_epoch(), "monitors": self.monitor(board)}
             if due and self.val is not None:
-                self.save(saver, board)  # an evaluation takes a while; a kill within it costs no training
+                saved = self.save(saver, board)  # an evaluation takes a while; a kill within it costs no training
                 try:
                     row["k-NN"] = self.evaluate(board)
                 except features.Interrupted:
                     say(f"the k-NN evaluation of epoch {self.epoch} was given up; it begins anew when the run goes on")
-                    return self.finish(saver, board, done=False)
+                    return self.finish(saver, board, done=False, saved=saved)
             if is_main_process():
                 log.append(row)
             if not finished:  # --max_steps within an epoch

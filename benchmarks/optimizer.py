@@ -89,8 +89,7 @@ def fill_gradients(parameters: list[nn.Parameter]) -> None:
 
 def plain_apart(model: nn.Module, optimizer: str, clip: float) -> Callable[[str], None]:
     """The plain side's phases by name, for a process of its own, with the allocator as the system has set it."""
-    side = Side(model, optimizer, clip, ours=False)
-    return lambda phase: side.run(phase)
+    return Side(model, optimizer, clip, ours=False).run
 
 
 def compare(model: nn.Module, optimizer: str, clip: float, rounds: int) -> tuple[dict[str, dict[str, float]], float]:

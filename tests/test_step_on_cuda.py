@@ -6,6 +6,8 @@ backward pass only where there is a device; it is followed on meta tensors, whic
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -16,19 +18,16 @@ import main_dino
 import vision_transformer
 from data.datasets import open_images
 from data.loader import CropBatch, TrainSet
+from tests.pretraining import FAMILIES, VIT
 
 CUDA = torch.device("cuda", 0)
-TINY = [
-    "--img_size", "32", "--local_crops_size", "16", "--local_crops_number", "2", "--out_dim", "64", "--device", "cpu",
-    "--batch_size_per_gpu", "3", "--data_path", "demo", "--num_workers", "0", "--freeze_last_layer", "0",
-]  # fmt: skip
-VIT = ["--arch", "vit_tiny", "--patch_size", "8", "--embed_dim", "24", "--depth", "2", "--num_heads", "2"]
+DEMO = ["--batch_size_per_gpu", "3", "--data_path", "demo", "--device", "cpu", "--freeze_last_layer", "0"]
 RUNS = {
-    "vit": [*VIT, "--mode", "simpool", "--amp", "bf16"],
-    "vit, drop path": [*VIT, "--mode", "simpool", "--amp", "bf16", "--drop_path_rate", "0.5"],
-    "official vit": [*VIT, "--mode", "official", "--amp", "fp16"],
-    "resnet": ["--arch", "resnet18", "--mode", "simpool", "--amp", "fp16", "--optimizer", "lars"],
-    "convnext": ["--arch", "convnext_tiny", "--amp", "none", "--img_size", "64", "--local_crops_size", "32"],
+    "vit": [*VIT, "--amp", "bf16"],
+    "vit, drop path": [*VIT, "--amp", "bf16", "--drop_path_rate", "0.5"],
+    "official vit": [*FAMILIES["vit_official"], "--amp", "fp16"],
+    "resnet": [*FAMILIES["resnet"], "--amp", "fp16", "--optimizer", "lars"],
+    "convnext": [*FAMILIES["convnext"], "--amp", "none", "--local_crops_number", "2"],
 }
 
 
@@ -72,20 +71,19 @@ def step(monkeypatch, contentless_cuda):
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
 
     def build(flags: list[str]) -> tuple[main_dino.Pretraining, list[CropBatch]]:
-        args = main_dino.parse_arguments([*TINY, *flags])
+        args = main_dino.parse_arguments([*flags, *DEMO])
         source = open_images("demo", "train")
         batch = TrainSet(source, main_dino.crop_spec(args), 0).__getitems__([(0, i) for i in range(3)])
         colour = [HostParameters(parameters.numpy()) for parameters in batch.colour]
-        mode.__enter__()
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         with CUDA:
             run = main_dino.build_pretraining(args, len(source), CUDA)
         monkeypatch.setattr(Tensor, "backward", lambda *_: give_gradients(run.student))
         crops = [torch.empty(group.shape, dtype=group.dtype, device=CUDA) for group in batch.crops]
         return run, [batch._replace(crops=crops, colour=colour)] * 2
 
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    yield build
-    mode.__exit__(None, None, None)
+    with contextlib.ExitStack() as stack:
+        yield build
 
 
 def give_gradients(model: nn.Module) -> None:
@@ -119,7 +117,7 @@ def test_a_question_is_found(step, monkeypatch):
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
 def test_backward_asks_for_no_value(contentless_cuda, name, checkpointing):
     """From the loss to every parameter."""
-    args = main_dino.parse_arguments([*TINY, *RUNS[name], "--amp", "none", "--grad_checkpointing", checkpointing])
+    args = main_dino.parse_arguments([*RUNS[name], *DEMO, "--amp", "none", "--grad_checkpointing", checkpointing])
     run = main_dino.build_pretraining(args, 12, torch.device("cpu"))
     student, teacher, loss = (module.to("meta") for module in (run.student, run.teacher, run.loss))
     crops = [torch.empty(v * 3, 3, s, s, device="meta") for v, s in main_dino.crop_spec(args).resolutions]
