@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import gc
 import itertools
@@ -195,16 +196,42 @@ def black_images_become_nan(rank: int) -> None:
 # ---- memory
 
 
+class MallocInfo(ctypes.Structure):
+    """glibc's struct mallinfo2."""
+
+    _names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    _fields_ = [(name, ctypes.c_size_t) for name in _names]
+
+
+def bytes_in_use() -> int:
+    """Bytes in use from malloc, from Python's allocator (at most: a block has 512) and of shared memory.
+
+    Resident memory tells less: it jumps by some MiB with the gaps between what is in use.
+    """
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = MallocInfo
+    info = mallinfo()
+    return info.uordblks + info.hblkhd + 512 * sys.getallocatedblocks() + resident_bytes("RssShmem")
+
+
+def resident_bytes(kind: str = "VmRSS") -> int:
+    """Bytes of this process in memory, or of one kind, as the kernel counts them."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(lines[kind].split()[0])
+
+
 def note_memory(rank: int, path: Path, every: int) -> None:
-    """Append a line to `path` every `every` steps: step, resident bytes, open file descriptors."""
+    """Append a line to `path` every `every` steps: step, bytes in use, resident bytes, open file descriptors."""
     real = main_dino.train_step
 
     def train_step(run: Any, batches: Any, step: int, *args: Any) -> Any:
         if step % every == 0:
+            for thread in threading.enumerate():
+                if thread.name == "checkpoint-writer":  # it holds a copy of the state while it writes
+                    thread.join()
             gc.collect()
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
             with open(path, "a") as file:
-                file.write(f"{step} {pages * os.sysconf('SC_PAGE_SIZE')} {len(os.listdir('/proc/self/fd'))}\n")
+                print(step, bytes_in_use(), resident_bytes(), len(os.listdir("/proc/self/fd")), file=file)
         return real(run, batches, step, *args)
 
     main_dino.train_step = train_step
