@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import platform
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
@@ -19,7 +17,6 @@ from runtime.guards import InputError
 AMP_CHOICES = ("auto", "none", "bf16", "fp16")
 PRECISION_CHOICES = ("auto", "highest", "high", "medium")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-LARGE_PAGES = "GLIBC_TUNABLES=glibc.malloc.hugetlb=1"  # read by glibc when a program starts, so it cannot be set here
 _FLOAT32_LEVEL = 2e-6  # relative error of a product that still counts as float32 (the exact library: about 3e-7)
 
 
@@ -70,8 +67,6 @@ def choose(device: torch.device, amp: str, matmul_precision: str, convolutional:
     ]
     if device.type == "cpu" and keep_freed_memory():
         choice.lines.append("allocator: freed memory is kept for the next step")
-        if large_pages_are_left():
-            choice.lines.append(f"allocator: start with {LARGE_PAGES} in the environment for 2 MB pages: faster steps")
     return choice
 
 
@@ -123,9 +118,3 @@ def keep_freed_memory() -> bool:
     mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
     libc = ctypes.CDLL(None)
     return bool(libc.mallopt(mmap_max, 0)) and bool(libc.mallopt(trim_threshold, 2**31 - 1))
-
-
-def large_pages_are_left(setting: Path = Path("/sys/kernel/mm/transparent_hugepage/enabled")) -> bool:
-    """Whether the system gives large pages to programs that ask for them, and this one was not told to."""
-    asked = "glibc.malloc.hugetlb" in os.environ.get("GLIBC_TUNABLES", "")
-    return not asked and setting.exists() and "[madvise]" in setting.read_text()

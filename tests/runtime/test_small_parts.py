@@ -246,19 +246,6 @@ def test_product_error_is_float32s_at_highest():
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-@pytest.mark.parametrize(
-    ("setting", "tunables", "left"),
-    [("always [madvise] never", "", True), ("always [madvise] never", "glibc.malloc.hugetlb=1", False),
-     ("always madvise [never]", "", False), ("[always] madvise never", "", False)],
-)  # fmt: skip
-def test_large_pages_that_nobody_asked_for(tmp_path, monkeypatch, setting, tunables, left):
-    """The advice appears only where the system gives large pages on request and this program made none."""
-    monkeypatch.setenv("GLIBC_TUNABLES", tunables)
-    (tmp_path / "enabled").write_text(setting)
-    assert hardware.large_pages_are_left(tmp_path / "enabled") is left
-    assert not hardware.large_pages_are_left(tmp_path / "absent")
-
-
 def test_late_reader_off_cuda_is_not_late():
     """On a CPU results are read at once, in order."""
     reader = LateReader(torch.device("cpu"))
