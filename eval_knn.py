@@ -26,7 +26,7 @@ from data.source import ImageSource
 from evaluation import features, knn, options, report
 from evaluation.knn import knn_classifier
 from evaluation.retrieval import multi_scale
-from runtime.cli import add_flag, bool_flag
+from runtime.cli import add_flag, bool_flag, parse_program
 from runtime.distributed import (
     all_gather_objects,
     choose_device,
@@ -72,10 +72,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program; returns its exit code."""
-    args = argparse.ArgumentParser(
-        "eval_knn", description=__doc__.split("\n")[0], parents=[get_args_parser()], allow_abbrev=False,
-        formatter_class=options.HelpFormatter,
-    ).parse_args(argv)  # fmt: skip
+    args = parse_program("eval_knn.py", get_args_parser(), __doc__, argv)
     options.check_positive(args, "nb_knn", "batch_size_per_gpu")
     if min(args.temperature) <= 0:
         raise InputError(f"--temperature {min(args.temperature)}: give a number above 0")

@@ -36,7 +36,7 @@ from evaluation.crops import build_probe_loader
 from evaluation.knn import accuracy
 from evaluation.linear import Form, LinearClassifier, Probe
 from runtime.checkpoint import read_checkpoint, save_on_master
-from runtime.cli import add_flag, bool_flag
+from runtime.cli import add_flag, bool_flag, parse_program
 from runtime.distributed import barrier, get_rank, get_world_size, init_distributed_mode, is_main_process, leave
 from runtime.guards import EXIT_DONE, InputError, input_errors, run_program
 from runtime.log import JsonLog, MetricLogger, cut_json_lines, progress, say
@@ -80,10 +80,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program; returns its exit code."""
-    args = argparse.ArgumentParser(
-        "eval_linear", description=__doc__.split("\n")[0], parents=[get_args_parser()], allow_abbrev=False,
-        formatter_class=options.HelpFormatter,
-    ).parse_args(argv)  # fmt: skip
+    args = parse_program("eval_linear.py", get_args_parser(), __doc__, argv)
     try:
         eval_linear(args)
     finally:

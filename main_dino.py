@@ -54,6 +54,7 @@ from runtime.cli import (
     bool_flag,
     float_or_none,
     given_flags,
+    parse_program,
     read_config,
 )
 from runtime.distributed import (
@@ -220,11 +221,7 @@ def _gamma(value: str) -> float | str | None:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Flags, then --config, then the recipe; `args.sources` tells where each value came from."""
-    parser = argparse.ArgumentParser(
-        "main_dino.py", description=(__doc__ or "").split("\n\n")[0], parents=[get_args_parser()],
-        formatter_class=HelpFormatter,
-    )  # fmt: skip
-    args = parser.parse_args(argv)
+    args = parse_program("main_dino.py", get_args_parser(), __doc__, argv, allow_abbrev=True)  # as DINO's own
     sources = dict.fromkeys(given_flags(get_args_parser, argv), "flag")
     if args.config:
         for key, value in read_config(Path(args.config), get_args_parser()).items():

@@ -23,7 +23,7 @@ from data.datasets import FileSource, open_images
 from data.decode import BadImage
 from data.source import ImageSource, PackedStrings
 from evaluation import attention, options, report
-from runtime.cli import add_flag
+from runtime.cli import add_flag, parse_program
 from runtime.distributed import choose_device
 from runtime.guards import EXIT_DONE, InputError, input_errors, run_program
 from runtime.log import progress, say
@@ -60,10 +60,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program; returns its exit code."""
-    args = argparse.ArgumentParser(
-        "visualize_attention", description=__doc__.split("\n")[0], parents=[get_args_parser()], allow_abbrev=False,
-        formatter_class=options.HelpFormatter,
-    ).parse_args(argv)  # fmt: skip
+    args = parse_program("visualize_attention.py", get_args_parser(), __doc__, argv)
     options.check_positive(args, "num_images")
     if args.threshold is not None and not 0 < args.threshold <= 1:
         raise InputError(f"--threshold {args.threshold}: give the part of the attention to keep, above 0, at most 1")

@@ -1,13 +1,13 @@
-"""The command line's small change: DINO's argument types, and flags that may be spelt with dashes."""
+"""The command line's small change: DINO's argument types, flags that may be spelt with dashes, errors of one line."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from runtime.guards import InputError
 
@@ -73,9 +73,43 @@ def add_launcher_flags(group: argparse._ActionsContainer) -> None:
     add_flag(group, "--local_rank", type=int, default=0, help="accepted and ignored: launchers set LOCAL_RANK")
 
 
+class ProgramParser(argparse.ArgumentParser):
+    """Says in one line what is wrong with a command line, as InputError: a hundred flags' usage would bury it."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown and unknown[0].startswith("--"):
+            flag = "--" + unknown[0][2:].split("=")[0].replace("-", "_")
+            known = [name for name in self._option_string_actions if "-" not in name[2:]]
+            self.error(f"unknown flag {flag}{near_hint(flag, known)}")
+        if unknown:
+            self.error(f"unexpected argument {unknown[0]!r}; a flag begins with --")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (--help lists the flags)")
+
+
+def near_hint(word: str, known: Iterable[str]) -> str:
+    """`; did you mean this, that?`, or nothing where no known word is near."""
+    near = difflib.get_close_matches(word, known, n=3)
+    return f"; did you mean {', '.join(near)}?" if near else ""
+
+
+def parse_program(
+    name: str, flags: argparse.ArgumentParser, doc: str | None, argv: list[str] | None, allow_abbrev: bool = False
+) -> argparse.Namespace:
+    """The arguments of a program; its --help begins with the first paragraph of `doc`, the module's."""
+    parser = ProgramParser(
+        name, usage="%(prog)s [flags]", description=(doc or "").split("\n\n")[0], parents=[flags],
+        formatter_class=HelpFormatter, allow_abbrev=allow_abbrev,
+    )  # fmt: skip
+    return parser.parse_args(argv)
+
+
 def parse_described(flags: argparse.ArgumentParser, doc: str | None, argv: list[str] | None) -> argparse.Namespace:
     """The arguments of a small program; its --help begins with `doc`, the module's, as it is laid out."""
-    parser = argparse.ArgumentParser(
+    parser = ProgramParser(
         parents=[flags], description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     return parser.parse_args(argv)
@@ -111,9 +145,7 @@ def read_config(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
     actions = {action.dest: action for action in parser._actions}
     for key in values:
         if key not in actions:
-            near = difflib.get_close_matches(key, actions, n=3)
-            hint = f"; did you mean {', '.join(near)}?" if near else ""
-            raise InputError(f"--config {path}: unknown key {key!r}{hint}")
+            raise InputError(f"--config {path}: unknown key {key!r}{near_hint(key, actions)}")
     return {key: _as_flag(actions[key], value, path) for key, value in values.items() if key != "config"}
 
 

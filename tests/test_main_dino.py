@@ -14,7 +14,7 @@ import torch
 import main_dino
 from runtime.checkpoint import read_checkpoint
 from runtime.distributed import leave
-from runtime.guards import InputError, NonFiniteError
+from runtime.guards import InputError, NonFiniteError, run_program
 from tests import processes
 from tests.pretraining import FAMILIES, TINY, VIT, assert_equal_states, rows, train
 
@@ -132,11 +132,14 @@ def test_reduced_precision_is_refused_where_torch_errs(small, tmp_path):
 
 @pytest.mark.parametrize("flags", [["--mode", "both"], ["--optimizer", "adam"], ["--nonsense", "1"], ["--lr", "fast"]])
 def test_wrong_words_leave_with_code_2(flags, capsys):
-    """argparse's own errors name the flag, and exit with 2 as all bad input does."""
+    """argparse's own errors are one line that names the flag, and exit with 2, as all bad input does."""
     with pytest.raises(SystemExit) as leaving:
-        main_dino.parse_arguments(["--data_path", "demo", *flags])
+        run_program(main_dino.main, ["--data_path", "demo", *flags])
     assert leaving.value.code == 2
-    assert flags[0] in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert flags[0] in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from runtime import hardware, log
-from runtime.cli import HelpFormatter, add_flag, bool_flag, float_or_none, given_flags, read_config
+from runtime.cli import HelpFormatter, add_flag, bool_flag, float_or_none, given_flags, parse_program, read_config
 from runtime.guards import InputError, NonFiniteError, input_errors, run_program
 from runtime.late import LateReader
 from runtime.lock import FolderLock
@@ -86,6 +86,18 @@ def test_exit_codes(capsys, error, code):
     assert leaving.value.code == code
     if error:
         assert capsys.readouterr().err == f"error: {error}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [(["--data-pth", "x"], r"unknown flag --data_pth; did you mean --data_path\?"),
+     (["--zzz=3"], r"unknown flag --zzz \("), (["x"], "unexpected argument 'x'"), (["--mode", "c"], "--mode.*'c'")],
+)  # fmt: skip
+def test_wrong_flags_are_named_with_those_near(argv, message):
+    """An unknown flag, however spelt, comes with the known ones that are near it."""
+    with pytest.raises(InputError, match=message):
+        parse_program("program.py", parser(), __doc__, argv)
+    assert parse_program("program.py", parser(), __doc__, ["--data-path=z"]).data_path == "z"
 
 
 def test_input_errors_are_translated():
