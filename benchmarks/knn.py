@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,9 @@ from torch import Tensor
 
 from benchmarks.measure import peak_bytes, timed_in_turn
 from evaluation import knn
+from runtime.cli import parse_described
+from runtime.guards import run_program
+from runtime.log import say
 
 T = 0.07
 
@@ -60,63 +65,77 @@ def features(n: int, q: int, width: int, classes: int, dtype: torch.dtype = torc
     return *draw(n), *draw(q)
 
 
-def compare(args: argparse.Namespace) -> None:
+class Comparison(NamedTuple):
+    """Some values of k: seconds of both sides, and the largest difference of an accuracy in points."""
+
+    ks: list[int]
+    seconds: dict[str, float]
+    differ: float
+
+
+def compare(images: int, queries: int, width: int, classes: int, rounds: int) -> Iterator[Comparison]:
     """Both sides in turn, for two and for four values of k."""
-    data = features(args.images, args.queries, args.width, args.classes)
-    print(f"{args.images} x {args.queries} x {args.width}, {args.classes} classes, {torch.get_num_threads()} threads")
-    precision = knn._fastest_exact_precision("cpu")
-    print(f"float32 products exact to rounding (setting {precision!r} on this processor)")
+    data = features(images, queries, width, classes)
     for ks in ([20, 200], [10, 20, 100, 200]):
-        ours = knn.knn_classifier(*data, ks, T)
-        theirs = {k: published(*data, k, args.classes) for k in ks}
+        sides = {
+            "published": lambda ks=ks: {k: published(*data, k, classes) for k in ks},
+            "ours": lambda ks=ks: knn.knn_classifier(*data, ks, T),
+        }
+        theirs, ours = (side() for side in sides.values())
         differ = max(abs(a - b) for k in ks for a, b in zip(ours[k], theirs[k], strict=True))
-        seconds = timed_in_turn(
-            {
-                "published": lambda ks=ks: [published(*data, k, args.classes) for k in ks],
-                "ours": lambda ks=ks: knn.knn_classifier(*data, ks, T),
-            },
-            args.rounds,
-        )
-        ratio = seconds["published"] / seconds["ours"]
-        print(
-            f"k = {ks}: published {seconds['published']:.2f} s, ours {seconds['ours']:.2f} s, ratio {ratio:.1f}x; "
-            f"largest difference of an accuracy {differ:.4f} points"
-        )
+        yield Comparison(ks, timed_in_turn(sides, rounds), differ)
 
 
-def large(args: argparse.Namespace) -> None:
-    """Memory at `1 / args.part` of ImageNet with a ResNet-50's width, features stored in fp16; the whole by count."""
-    n, q, width, k, part = 1_281_167, 50_000, 2048, 200, args.part
+def large(part: int) -> None:
+    """Memory at `1 / part` of ImageNet with a ResNet-50's width, features stored in fp16; the whole by count."""
+    n, q, width, k = 1_281_167, 50_000, 2048, 200
     data = features(n // part, q // part, width, 1000, torch.float16)
     began = time.perf_counter()
     peak = peak_bytes(lambda: knn.knn_classifier(*data, [10, 20, 100, k], T), torch.device("cpu"))
     seconds = time.perf_counter() - began
     stored = sum(tensor.nbytes for tensor in data)
-    print(f"{n // part} x {q // part} x {width} in fp16: stored {stored / 2**30:.2f} GiB, ", end="")
-    print(f"k-NN's own memory {peak / 2**30:.2f} GiB, {seconds:.1f} s")
+    say(
+        f"{n // part} x {q // part} x {width} in fp16: stored {stored / 2**30:.2f} GiB, "
+        f"k-NN's own memory {peak / 2**30:.2f} GiB, {seconds:.1f} s"
+    )
     neighbours = q * k * (4 + 8)  # similarity and label, kept for all queries; everything else is bounded by chunks
     whole = (n + q) * width * 2 + (n + q) * 8
     own = peak - neighbours // part + neighbours
     total = (whole + own) / 2**30
-    print(
+    say(
         f"{n} x {q} x {width} by count: stored {whole / 2**30:.2f} GiB, k-NN's own memory {own / 2**30:.2f} GiB, "
         f"together {total:.1f} GiB; about {seconds * part**2 / 60:.0f} min on this machine"
     )
 
 
-def main() -> None:
-    """Parse the arguments and run."""
-    parser = argparse.ArgumentParser("benchmarks.knn", description=__doc__.split("\n")[0])
-    parser.add_argument("--images", type=int, default=50_000)
-    parser.add_argument("--queries", type=int, default=10_000)
-    parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--classes", type=int, default=1000)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--large", action="store_true", help="memory at a part of ImageNet x 2048")
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("benchmarks.knn", add_help=False)
+    parser.add_argument("--images", type=int, default=50_000, help="training images")
+    parser.add_argument("--queries", type=int, default=10_000, help="images to classify")
+    parser.add_argument("--width", type=int, default=384, help="of the features")
+    parser.add_argument("--classes", type=int, default=1000, help="classes")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds, each running both sides in turn")
+    parser.add_argument("--large", action="store_true", help="memory at a part of ImageNet x 2048 instead")
     parser.add_argument("--part", type=int, default=10, help="of --large: one part in this many, of both sets")
-    args = parser.parse_args()
-    large(args) if args.large else compare(args)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_described(get_args_parser(), __doc__, argv)
+    if args.large:
+        large(args.part)
+        return 0
+    say(f"{args.images} x {args.queries} x {args.width}, {args.classes} classes, {torch.get_num_threads()} threads")
+    precision = knn.fastest_exact_precision("cpu")
+    say(f"float32 products exact to rounding (setting {precision!r} on this processor)")
+    for ks, seconds, differ in compare(args.images, args.queries, args.width, args.classes, args.rounds):
+        published, ours = seconds["published"], seconds["ours"]
+        say(
+            f"k = {ks}: published {published:.2f} s, ours {ours:.2f} s, ratio {published / ours:.1f}x; "
+            f"largest difference of an accuracy {differ:.4f} points"
+        )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -49,7 +49,7 @@ class Neighbours(NamedTuple):
 
 
 @functools.cache
-def _fastest_exact_precision(device_type: str) -> str:
+def fastest_exact_precision(device_type: str) -> str:
     """The fastest float32 matmul setting whose products have fp32-level error here.
 
     "medium" takes another CPU library, about twice as fast and as exact, except on processors with AMX, where it
@@ -73,7 +73,7 @@ def _fastest_exact_precision(device_type: str) -> str:
 def exact_fp32_matmul(device: torch.device) -> Iterator[None]:
     """Inside, float32 products have float32's error, whatever faster setting the program runs under."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(_fastest_exact_precision(device.type))
+    torch.set_float32_matmul_precision(fastest_exact_precision(device.type))
     try:
         yield
     finally:
