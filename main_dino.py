@@ -20,7 +20,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -598,12 +598,132 @@ def build_schedules(args: argparse.Namespace, global_batch: int, steps_per_epoch
 # ------------------------------------------------------------------------------------------------ the loop
 
 
+class Pace:
+    """How fast an epoch's steps go, of those since the start of the program."""
+
+    def __init__(self, global_batch: int) -> None:
+        self._global_batch, self._began = global_batch, time.monotonic()
+        self._waited_s, self.steps = 0.0, 0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """What happens inside is a wait for data."""
+        begin = time.monotonic()
+        yield
+        self._waited_s += time.monotonic() - begin
+
+    @property
+    def time_s(self) -> float:
+        """Seconds since the epoch began, or went on."""
+        return max(time.monotonic() - self._began, 1e-9)
+
+    @property
+    def images_per_s(self) -> float:
+        """Images per second over all processes."""
+        return self.steps * self._global_batch / self.time_s
+
+    @property
+    def data_wait(self) -> float:
+        """The part of the time that the steps waited for data."""
+        return self._waited_s / self.time_s
+
+
+class RefusedSteps:
+    """Non-finite steps: how many came in a row, and the replay file of the one that is too many."""
+
+    def __init__(self, run: Pretraining, train: ImageSource, folder: Path) -> None:
+        self.run, self.train, self.folder = run, train, folder
+        self.in_a_row = 0
+        self._recent: dict[int, list[list[int]]] = {}  # images of the last steps, by micro-batch
+
+    def remember(self, step: int, batches: list[CropBatch]) -> None:
+        """Keep what images a step has until its result is read."""
+        self._recent = {**dict(list(self._recent.items())[-3:]), step: [batch.index.tolist() for batch in batches]}
+
+    def meet(self, step: int, result: dict[str, float], state: Callable[[], dict[str, Any]]) -> None:
+        """A refused step: say so, and stop the run on all ranks where there were too many in a row.
+
+        `state` gives the checkpoint, in which nothing of the step is.
+        """
+        if self.run.scaler.is_enabled() and math.isfinite(result["loss"]):
+            return  # fp16's scale was too large for the gradients, which is how it finds its value
+        self.in_a_row += 1
+        terms = ", ".join(f"{name} {result[name]:.4g}" for name in RESULTS[:4])
+        say(f"warning: step {step} is not finite ({terms}); nothing was updated ({self.in_a_row} in a row)")
+        if self.in_a_row < self.run.args.max_bad_steps:
+            return
+        replay = self._write_replay(step, state())
+        raise NonFiniteError(
+            f"{self.in_a_row} steps in a row were not finite, the last at step {step}: {terms}. Its images and the "
+            f"state before it are in {replay}; main_dino.py --replay {replay} runs it again. "
+            "A lower --lr, --clip_grad 3.0, a longer --warmup_epochs or --amp bf16 in place of fp16 usually help"
+        )
+
+    def _write_replay(self, step: int, state: dict[str, Any]) -> Path:
+        """A checkpoint with the images of a refused step, by rank."""
+        path = self.folder / f"replay_step{step:08d}.pth"
+        indices = all_gather_objects(self._recent.get(step, []))
+        if is_main_process():
+            names = [[[self.train.name(i) for i in batch] for batch in rank] for rank in indices]
+            try:
+                save_checkpoint({**state, "replay": {"step": step, "images": indices, "names": names}}, path)
+            except (OSError, RuntimeError) as error:  # the run stops for a better reason than this one
+                say(f"warning: {path} could not be written ({error}); the images of step {step} were {names}")
+        return path
+
+
+class Watch:
+    """How the teacher does: signs of collapse on a few fixed images, and k-NN."""
+
+    def __init__(self, run: Pretraining, train: ImageSource, val: ImageSource | None) -> None:
+        self.run, self.train, self.val = run, train, val
+        self.probe = self._probe_images()
+
+    def _probe_images(self) -> Tensor | None:
+        """Images that the monitors look at all through the run, on rank 0."""
+        if not is_main_process():
+            return None
+        try:
+            return monitors.probe_batch(self.train, self.run.args.img_size)
+        except InputError as error:  # an image that cannot be read is no reason not to train
+            say(f"no collapse monitors: {error}")
+            return None
+
+    def monitor(self, epoch: int, step: int, board: TensorBoard) -> dict[str, float]:
+        """Signs of collapse in the teacher, with a plain warning where they say so; on rank 0."""
+        teacher = self.run.whole_teacher()
+        if self.probe is None:
+            return {}
+        loss = self.run.loss
+        values = monitors.monitor(teacher, self.probe, loss.center, loss.teacher_temp(epoch))
+        board.scalars({f"monitor/{name}": value for name, value in values.items()}, step)
+        warning = monitors.collapse_warning(values, self.run.args.out_dim)
+        if warning:
+            say(warning)
+        return values
+
+    def evaluate(
+        self, epoch: int, step: int, board: TensorBoard, should_stop: Callable[[], bool]
+    ) -> dict[str, dict[str, float]]:
+        """k-NN of the teacher, {k: {top1, top5}} in percent. Raises features.Interrupted where it should stop."""
+        run, args = self.run, self.run.args
+        results = knn.evaluate(
+            run.whole_teacher().backbone, self.train, self.val, args.nb_knn, args.temperature,
+            device=run.choice.device, img_size=args.img_size, num_workers=args.num_workers,
+            amp_dtype=run.choice.amp_dtype, should_stop=should_stop,
+        )  # fmt: skip
+        for k, (top1, top5) in results.items():
+            say(f"epoch {epoch}: {k}-NN top-1 {top1:.2f} %, top-5 {top5:.2f} %")
+            board.scalars({f"eval/knn{k}_top1": top1, f"eval/knn{k}_top5": top5}, step)
+        return {str(k): {"top1": top1, "top5": top5} for k, (top1, top5) in results.items()}
+
+
 class Loop:
     """When things happen: which step comes next, and what is read, logged, evaluated and saved around it."""
 
     def __init__(self, run: Pretraining, train: ImageSource, val: ImageSource | None, stop: StopRequest) -> None:
         args = run.args
-        self.run, self.train, self.val, self.stop = run, train, val, stop
+        self.run, self.train, self.stop = run, train, stop
         self.folder = Path(args.output_dir)
         self.sampler = TrainSampler(len(train), run.batch_size, run.accum, args.seed, get_rank(), get_world_size())
         self.loader = build_train_loader(
@@ -612,12 +732,12 @@ class Loop:
         )  # fmt: skip
         self.meters = utils.MetricLogger()
         self.results = LateReader(run.choice.device)
-        self.bad_in_a_row = 0
+        self.refused = RefusedSteps(run, train, self.folder)
         self.epoch, self.step = 0, 0  # the next step, counted from the start of the run, and the epoch it belongs to
         self.bad_images = BadImages(train, args.max_bad_fraction)
         self.failure: InputError | RunStopped | None = None  # of this process alone, until all have heard of it
-        self.probe = self.probe_images()  # the fixed images of the collapse monitors
-        self.recent: dict[int, list[list[int]]] = {}  # images of the last steps, for the replay of a refused one
+        self.watch = Watch(run, train, val)
+        self.pace = Pace(run.global_batch)
 
     # ---- state
 
@@ -634,7 +754,7 @@ class Loop:
             "iteration": self.step,
             "config": model_config(run, self.train),
             "meters": self.meters.state_dict(),
-            "bad_in_a_row": self.bad_in_a_row,
+            "bad_in_a_row": self.refused.in_a_row,
         }
         if run.scaler.is_enabled():
             state["fp16_scaler"] = run.scaler.state_dict()
@@ -646,7 +766,7 @@ class Loop:
         check_same_run(run, self.train, state, path)
         load_training_state(run, state)
         self.meters.load_state_dict(state["meters"])
-        self.bad_in_a_row = state["bad_in_a_row"]
+        self.refused.in_a_row = state["bad_in_a_row"]
         self.epoch, self.step = state["epoch"], state["iteration"]
         before = state["config"]["global_batch"]
         if before != run.global_batch:  # accepted by the user: go on at the same part of the data
@@ -711,11 +831,12 @@ class Loop:
                 return self.finish(saver, board, done=False)
             finished = self.step == (self.epoch + 1) * run.steps_per_epoch
             due = args.eval_every and ((self.epoch + 1) % args.eval_every == 0 or self.step == run.total_steps)
-            row = self.epoch_row() | {"bad_images": self.bad_images.end_epoch(), "monitors": self.monitor(board)}
-            if due and self.val is not None:
+            row = self.epoch_row() | {"bad_images": self.bad_images.end_epoch()}
+            row["monitors"] = self.watch.monitor(self.epoch, self.step, board)
+            if due and self.watch.val is not None:
                 saved = self.save(saver, board)  # an evaluation takes a while; a kill within it costs no training
                 try:
-                    row["k-NN"] = self.evaluate(board)
+                    row["k-NN"] = self.watch.evaluate(self.epoch, self.step, board, lambda: self.stop.requested)
                 except features.Interrupted:
                     say(f"the k-NN evaluation of epoch {self.epoch} was given up; it begins anew when the run goes on")
                     return self.finish(saver, board, done=False, saved=saved)
@@ -736,16 +857,15 @@ class Loop:
         first = self.step - self.epoch * run.steps_per_epoch
         last = min(run.steps_per_epoch, run.total_steps - self.epoch * run.steps_per_epoch)
         self.sampler.set_position(self.epoch, first)
-        self.began = self.saved_at = time.monotonic()
-        self.waited_s, self.steps_here = 0.0, 0
+        self.pace, saved_at = Pace(run.global_batch), time.monotonic()
         bar = Progress(self.step_batches(last - first), last, f"epoch {self.epoch}", start=first, unit="step")
         for batches in bar:
-            save = 0 < args.checkpoint_every_minutes * 60 <= time.monotonic() - self.saved_at
-            self.recent = {**dict(list(self.recent.items())[-3:]), self.step: [b.index.tolist() for b in batches]}
+            save = 0 < args.checkpoint_every_minutes * 60 <= time.monotonic() - saved_at
+            self.refused.remember(self.step, batches)
             stop = self.stop.requested or self.failure is not None
             self.results.push(self.step, train_step(run, batches, self.step, stop, save))
             self.step += 1
-            self.steps_here += 1
+            self.pace.steps += 1
             wishes = self.read_results(board=board)
             bar.set_text(self.text)
             if wishes["stop"]:
@@ -754,7 +874,7 @@ class Loop:
             at_end = self.step == (self.epoch + 1) * run.steps_per_epoch
             if (wishes["save"] or by_steps) and not at_end:
                 self.save(saver, board)
-                self.saved_at = time.monotonic()
+                saved_at = time.monotonic()
         self.read_results(everything=True, board=board)
         return True
 
@@ -765,15 +885,14 @@ class Loop:
         wanted = itertools.islice(self.loader, steps * self.run.accum)
         batches = ahead_on_device(wanted, self.run.choice.device)
         for _ in range(steps):
-            begin = time.monotonic()
-            group = list(itertools.islice(batches, self.run.accum))
-            self.waited_s += time.monotonic() - begin
+            with self.pace.waiting():
+                group = list(itertools.islice(batches, self.run.accum))
             for batch in group:
                 with self.held_back():
                     self.bad_images.see(batch)
             yield group
 
-    # ---- what is read, logged and evaluated
+    # ---- what is read and logged
 
     def read_results(self, everything: bool = False, board: TensorBoard | None = None) -> dict[str, bool]:
         """Take in the results of the steps that are due; whether any process wished to stop or to save in them."""
@@ -782,46 +901,17 @@ class Loop:
             result = dict(zip(RESULTS, values, strict=True))
             wishes = {name: wishes[name] or bool(result[name]) for name in wishes}
             if result["bad"]:
-                self.meet_bad_step(step, result)
+                self.refused.meet(step, result, self.state)
                 continue
-            self.bad_in_a_row = 0
+            self.refused.in_a_row = 0
             self.meters.update(**{name: result[name] for name in RESULTS[:4]})
             if board is not None:
                 board.scalars(self.scalars(step, result), step)
         return wishes
 
-    def meet_bad_step(self, step: int, result: dict[str, float]) -> None:
-        """A refused step: say so, and stop the run on all ranks where there were too many in a row."""
-        if self.run.scaler.is_enabled() and math.isfinite(result["loss"]):
-            return  # fp16's scale was too large for the gradients, which is how it finds its value
-        self.bad_in_a_row += 1
-        terms = ", ".join(f"{name} {result[name]:.4g}" for name in RESULTS[:4])
-        say(f"warning: step {step} is not finite ({terms}); nothing was updated ({self.bad_in_a_row} in a row)")
-        if self.bad_in_a_row < self.run.args.max_bad_steps:
-            return
-        replay = self.write_replay(step)
-        raise NonFiniteError(
-            f"{self.bad_in_a_row} steps in a row were not finite, the last at step {step}: {terms}. Its images and the "
-            f"state before it are in {replay}; main_dino.py --replay {replay} runs it again. "
-            "A lower --lr, --clip_grad 3.0, a longer --warmup_epochs or --amp bf16 in place of fp16 usually help"
-        )
-
-    def write_replay(self, step: int) -> Path:
-        """A checkpoint with the images of a refused step, by rank; the state is still the one before the step."""
-        path = self.folder / f"replay_step{step:08d}.pth"
-        indices = all_gather_objects(self.recent.get(step, []))
-        state = self.state()
-        if is_main_process():
-            names = [[[self.train.name(i) for i in batch] for batch in rank] for rank in indices]
-            try:
-                save_checkpoint({**state, "replay": {"step": step, "images": indices, "names": names}}, path)
-            except (OSError, RuntimeError) as error:  # the run stops for a better reason than this one
-                say(f"warning: {path} could not be written ({error}); the images of step {step} were {names}")
-        return path
-
     def scalars(self, step: int, result: dict[str, float]) -> dict[str, float]:
         """TensorBoard's values of a step."""
-        schedules, elapsed = self.run.schedules, time.monotonic() - self.began
+        schedules = self.run.schedules
         return {
             "train/loss": result["loss"],
             "train/entropy": result["entropy"],
@@ -831,22 +921,17 @@ class Loop:
             "optim/wd": schedules["weight_decay"][step],
             "optim/teacher_momentum": schedules["momentum"][step],
             "optim/teacher_temp": self.run.loss.teacher_temp(step // self.run.steps_per_epoch),
-            "perf/images_per_s": self.images_per_s,
-            "perf/data_wait": self.waited_s / max(elapsed, 1e-9),
+            "perf/images_per_s": self.pace.images_per_s,
+            "perf/data_wait": self.pace.data_wait,
         }
-
-    @property
-    def images_per_s(self) -> float:
-        """Images per second of this epoch's steps since the start of the program, over all processes."""
-        return self.steps_here * self.run.global_batch / max(time.monotonic() - self.began, 1e-9)
 
     @property
     def text(self) -> str:
         """The numbers of the progress line."""
-        meters, wait = self.meters.meters, self.waited_s / max(time.monotonic() - self.began, 1e-9)
+        meters = self.meters.meters
         terms = "  ".join(f"{name} {meters[name].avg:.4f}" for name in RESULTS[:3]) if meters else ""
         lr = self.run.schedules["lr"][min(self.step, len(self.run.schedules["lr"])) - 1]
-        return f"{terms}  lr {lr:.2e}  {self.images_per_s:.1f} images/s  data wait {wait:.0%}"
+        return f"{terms}  lr {lr:.2e}  {self.pace.images_per_s:.1f} images/s  data wait {self.pace.data_wait:.0%}"
 
     def epoch_row(self) -> dict[str, Any]:
         """log.txt's object of this epoch."""
@@ -855,46 +940,10 @@ class Loop:
         row |= {f"train_{name}": value for name, value in self.meters.averages().items()}
         row["train_lr"] = float(self.run.schedules["lr"][last])
         row["train_wd"] = float(self.run.schedules["weight_decay"][last])
-        row["time_s"] = round(time.monotonic() - self.began, 3)
-        row["images_per_s"] = round(self.images_per_s, 2)
-        row["data_wait"] = round(self.waited_s / max(time.monotonic() - self.began, 1e-9), 4)
+        row["time_s"] = round(self.pace.time_s, 3)
+        row["images_per_s"] = round(self.pace.images_per_s, 2)
+        row["data_wait"] = round(self.pace.data_wait, 4)
         return row
-
-    def probe_images(self) -> Tensor | None:
-        """Images that the monitors look at all through the run, on rank 0."""
-        if not is_main_process():
-            return None
-        try:
-            return monitors.probe_batch(self.train, self.run.args.img_size)
-        except InputError as error:  # an image that cannot be read is no reason not to train
-            say(f"no collapse monitors: {error}")
-            return None
-
-    def monitor(self, board: TensorBoard) -> dict[str, float]:
-        """Signs of collapse in the teacher, with a plain warning where they say so; on rank 0."""
-        teacher = self.run.whole_teacher()
-        if self.probe is None:
-            return {}
-        loss = self.run.loss
-        values = monitors.monitor(teacher, self.probe, loss.center, loss.teacher_temp(self.epoch))
-        board.scalars({f"monitor/{name}": value for name, value in values.items()}, self.step)
-        warning = monitors.collapse_warning(values, self.run.args.out_dim)
-        if warning:
-            say(warning)
-        return values
-
-    def evaluate(self, board: TensorBoard) -> dict[str, dict[str, float]]:
-        """k-NN of the teacher, {k: {top1, top5}} in percent. Raises features.Interrupted where asked to stop."""
-        run, args = self.run, self.run.args
-        results = knn.evaluate(
-            run.whole_teacher().backbone, self.train, self.val, args.nb_knn, args.temperature,
-            device=run.choice.device, img_size=args.img_size, num_workers=args.num_workers,
-            amp_dtype=run.choice.amp_dtype, should_stop=lambda: self.stop.requested,
-        )  # fmt: skip
-        for k, (top1, top5) in results.items():
-            say(f"epoch {self.epoch}: {k}-NN top-1 {top1:.2f} %, top-5 {top5:.2f} %")
-            board.scalars({f"eval/knn{k}_top1": top1, f"eval/knn{k}_top5": top5}, self.step)
-        return {str(k): {"top1": top1, "top5": top5} for k, (top1, top5) in results.items()}
 
 
 def load_training_state(run: Pretraining, state: dict[str, Any]) -> None:
@@ -1032,9 +1081,9 @@ def write_pictures(loop: Loop, backbone: nn.Module) -> None:
     """The report of a finished run: attention maps of its probe images, curves, report.html."""
     from evaluation import attention, report
 
-    if loop.probe is not None:
+    if loop.watch.probe is not None:
         try:
-            attention.attention_figure(backbone, loop.probe[:6], loop.folder / "attention.png")
+            attention.attention_figure(backbone, loop.watch.probe[:6], loop.folder / "attention.png")
         except ValueError as error:
             say(f"no attention maps: {error}")
     say(f"report: {report.write_report(loop.folder)}")
