@@ -834,12 +834,9 @@ class Loop:
             row = self.epoch_row() | {"bad_images": self.bad_images.end_epoch()}
             row["monitors"] = self.watch.monitor(self.epoch, self.step, board)
             if due and self.watch.val is not None:
-                saved = self.save(saver, board)  # an evaluation takes a while; a kill within it costs no training
-                try:
-                    row["k-NN"] = self.watch.evaluate(self.epoch, self.step, board, lambda: self.stop.requested)
-                except features.Interrupted:
-                    say(f"the k-NN evaluation of epoch {self.epoch} was given up; it begins anew when the run goes on")
-                    return self.finish(saver, board, done=False, saved=saved)
+                row["k-NN"] = self.evaluate(saver, board)
+                if row["k-NN"] is None:
+                    return False
             if is_main_process():
                 log.append(row)
             if not finished:  # --max_steps within an epoch
@@ -850,6 +847,16 @@ class Loop:
                 break
             self.save(saver, board)
         return self.finish(saver, board, done=True)
+
+    def evaluate(self, saver: CheckpointSaver | None, board: TensorBoard) -> dict[str, dict[str, float]] | None:
+        """The watch's k-NN; None where the run was asked to stop within it, and is saved."""
+        saved = self.save(saver, board)  # an evaluation takes a while; a kill within it costs no training
+        try:
+            return self.watch.evaluate(self.epoch, self.step, board, lambda: self.stop.requested)
+        except features.Interrupted:
+            say(f"the k-NN evaluation of epoch {self.epoch} was given up; it begins anew when the run goes on")
+            self.finish(saver, board, done=False, saved=saved)
+            return None
 
     def train_epoch(self, saver: CheckpointSaver | None, board: TensorBoard) -> bool:
         """The steps that are left of this epoch; False where the run was asked to stop before their end."""
