@@ -38,13 +38,18 @@ from data.datasets import check_same_classes, open_images
 from data.loader import CropBatch, TrainSet, ahead_on_device, build_train_loader
 from data.sampler import TrainSampler
 from data.source import ImageSource
-from distill import optim, recipes, sharding
-from distill.batchnorm import RunningStatistics
+from distill import recipes
 from distill.heads import DINOHead
 from distill.losses import DINOLoss
 from distill.multicrop import MultiCropWrapper
-from distill.teacher import ParameterAverage
 from evaluation import features, knn, monitors
+from optim import sharding
+from optim.average import ParameterAverage
+from optim.batchnorm import RunningStatistics, has_batchnorms
+from optim.clipping import cancel_gradients_last_layer, clip_each_
+from optim.groups import get_params_groups
+from optim.optimizers import OPTIMIZERS, build_optimizer
+from optim.schedules import cosine_scheduler
 from runtime import hardware
 from runtime.checkpoint import check_writable, plain, read_checkpoint, save_checkpoint, write_json_atomic
 from runtime.cli import (
@@ -149,7 +154,7 @@ def _add_method_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_training_flags(group: argparse._ArgumentGroup) -> None:
-    add_flag(group, "--optimizer", choices=optim.OPTIMIZERS, help="optimizer")
+    add_flag(group, "--optimizer", choices=OPTIMIZERS, help="optimizer")
     add_flag(group, "--lr", type=float, help="peak learning rate for a global batch of 256; scaled linearly with it")
     add_flag(group, "--min_lr", type=float, help="learning rate at the end")
     add_flag(group, "--warmup_epochs", type=int, help="epochs of linear learning-rate warm-up; 0 for none")
@@ -272,8 +277,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
     """Raise InputError for values that cannot work, before anything heavy is done."""
     if args.mode not in ("official", "simpool"):
         raise InputError(f"--mode {args.mode!r} is unknown; choose official or simpool")
-    if args.optimizer not in optim.OPTIMIZERS:
-        raise InputError(f"--optimizer {args.optimizer!r} is unknown; choose {', '.join(optim.OPTIMIZERS)}")
+    if args.optimizer not in OPTIMIZERS:
+        raise InputError(f"--optimizer {args.optimizer!r} is unknown; choose {', '.join(OPTIMIZERS)}")
     if not args.data_path and not args.replay:
         raise InputError("--data_path is missing: a folder of images, a list, tar shards, or demo for the built-in set")
     for key in ("epochs", "out_dim", "batch_size_per_gpu", "img_size", "local_crops_size", "patch_size", "in_chans"):
@@ -418,8 +423,8 @@ def train_step(run: Pretraining, batches: list[CropBatch], step: int, stop: bool
     shared = mean_over_ranks(torch.cat([center / (2 * run.batch_size), terms, wishes]) / accum)
     center, terms, wishes = shared[:-5], shared[-5:-2], shared[-2:] > 0
     run.scaler.unscale_(run.optimizer)
-    optim.cancel_gradients_last_layer(epoch, run.student, run.args.freeze_last_layer)
-    norms = optim.clip_each_([p.grad for p in run.student.parameters() if p.grad is not None], run.args.clip_grad)
+    cancel_gradients_last_layer(epoch, run.student, run.args.freeze_last_layer)
+    norms = clip_each_([p.grad for p in run.student.parameters() if p.grad is not None], run.args.clip_grad)
     bad = ~(shared.isfinite().all() & norms.isfinite().all())
 
     run.optimizer.found_inf = bad.float()
@@ -487,7 +492,7 @@ def build_pretraining(args: argparse.Namespace, images: int, device: torch.devic
         teacher=teacher,
         teacher_skeleton=skeleton,
         loss=loss,
-        optimizer=optim.build_optimizer(args.optimizer, optim.get_params_groups(student)),
+        optimizer=build_optimizer(args.optimizer, get_params_groups(student)),
         scaler=torch.amp.GradScaler(device.type, enabled=choice.amp == "fp16"),
         colour=ColourStage(crop_spec(args)),
         average=ParameterAverage(student, teacher),
@@ -564,7 +569,7 @@ def place(
     BatchNorm is over all ranks where the device can. The third is the sharded teacher's skeleton.
     """
     device = choice.device
-    if get_world_size() > 1 and optim.has_batchnorms(student):
+    if get_world_size() > 1 and has_batchnorms(student):
         if device.type == "cuda":
             student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
             teacher = nn.SyncBatchNorm.convert_sync_batchnorm(teacher)
@@ -589,9 +594,9 @@ def build_schedules(args: argparse.Namespace, global_batch: int, steps_per_epoch
     epochs, steps = args.epochs, steps_per_epoch
     scale = global_batch / 256
     return {
-        "lr": optim.cosine_scheduler(args.lr * scale, args.min_lr, epochs, steps, args.warmup_epochs),
-        "weight_decay": optim.cosine_scheduler(args.weight_decay, args.weight_decay_end, epochs, steps),
-        "momentum": optim.cosine_scheduler(args.momentum_teacher, 1.0, epochs, steps),
+        "lr": cosine_scheduler(args.lr * scale, args.min_lr, epochs, steps, args.warmup_epochs),
+        "weight_decay": cosine_scheduler(args.weight_decay, args.weight_decay_end, epochs, steps),
+        "momentum": cosine_scheduler(args.momentum_teacher, 1.0, epochs, steps),
     }
 
 

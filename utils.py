@@ -19,16 +19,13 @@ from torch.nn.init import trunc_normal_
 import backbones
 from data.augment import GaussianBlur, Solarization
 from distill.multicrop import MultiCropWrapper
-from distill.optim import (
-    LARS,
-    cancel_gradients_last_layer,
-    clip_gradients,
-    cosine_scheduler,
-    get_params_groups,
-    has_batchnorms,
-)
 from evaluation.knn import accuracy
 from evaluation.retrieval import PCA, compute_ap, compute_map, multi_scale
+from optim.batchnorm import has_batchnorms
+from optim.clipping import cancel_gradients_last_layer, clip_gradients
+from optim.groups import get_params_groups
+from optim.lars import LARS
+from optim.schedules import cosine_scheduler
 from runtime.checkpoint import file_sha256, read_checkpoint, save_on_master
 from runtime.cli import bool_flag, float_or_none
 from runtime.distributed import (

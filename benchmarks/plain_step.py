@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.simpool_layer import PlainSimPool
-from distill import optim
-from distill.teacher import ParameterAverage
+from optim.average import ParameterAverage
+from optim.clipping import cancel_gradients_last_layer, clip_each_
+from optim.groups import get_params_groups
+from optim.optimizers import build_optimizer
 from sp import SimPool
 from vision_transformer import Attention, VisionTransformer
 
@@ -146,8 +148,8 @@ class PlainStep:
         """run: a main_dino.Pretraining, read only."""
         self.run, self.parts, self.precision = run, parts, precision
         self.student, self.teacher = (make_plain(m, "pooling" not in parts) for m in (run.student, run.teacher))
-        groups = optim.get_params_groups(self.student)
-        build = optim.build_optimizer if "updates" in parts else plain_optimizer
+        groups = get_params_groups(self.student)
+        build = build_optimizer if "updates" in parts else plain_optimizer
         self.optimizer = build(run.args.optimizer, groups)
         self.average = ParameterAverage(self.student, self.teacher)
         self.loss = copy.deepcopy(run.loss)
@@ -180,10 +182,10 @@ class PlainStep:
         """Clip, drop the prototypes' gradients where they are frozen, step, average."""
         clip = self.run.args.clip_grad
         if "updates" in self.parts:
-            optim.clip_each_([p.grad for p in self.student.parameters() if p.grad is not None], clip)
+            clip_each_([p.grad for p in self.student.parameters() if p.grad is not None], clip)
         else:
             plain_clip(self.student.parameters(), clip)
-        optim.cancel_gradients_last_layer(epoch, self.student, self.run.args.freeze_last_layer)
+        cancel_gradients_last_layer(epoch, self.student, self.run.args.freeze_last_layer)
         self.optimizer.step()
         if "updates" in self.parts:
             self.average.update(momentum)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS = {
     "sp": 0, "runtime": 0,
-    "distill": 1, "data": 1,
+    "distill": 1, "optim": 1, "data": 1,
     "vision_transformer": 2, "resnet_simpool": 2, "convnext_simpool": 2,
     "backbones": 3, "evaluation": 3,
     "utils": 4,
@@ -23,9 +24,11 @@ BACKBONE_FILES = ("sp", *MODELS, "backbones", "distill.heads", "hubconf")
 PROGRAMS = ("main_dino", "eval_knn", "eval_linear", "visualize_attention", "hubconf")
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     """Dotted name -> file, of everything that is ours and no test."""
-    files = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] not in ("tests", ".venv", "build")]
+    folders = [path for path in ROOT.iterdir() if path.is_dir() and path.name not in ("tests", ".venv", "build")]
+    files = [*ROOT.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))]
     return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
 
 
@@ -98,7 +101,7 @@ def test_sp_is_one_file():
     assert roots <= {"torch", *sys.stdlib_module_names}
 
 
-@pytest.mark.parametrize("package", ["distill", "data", "runtime", "evaluation", "tools", "benchmarks"])
+@pytest.mark.parametrize("package", ["distill", "optim", "data", "runtime", "evaluation", "tools", "benchmarks"])
 def test_package_init_files_are_empty(package):
     """Importing a package runs nothing."""
     assert (ROOT / package / "__init__.py").read_text() == ""
