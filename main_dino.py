@@ -38,7 +38,6 @@ from data.datasets import check_same_classes, open_images
 from data.loader import CropBatch, TrainSet, ahead_on_device, build_train_loader
 from data.sampler import TrainSampler
 from data.source import ImageSource
-from distill import recipes
 from distill.heads import DINOHead
 from distill.losses import DINOLoss
 from distill.multicrop import MultiCropWrapper
@@ -91,6 +90,7 @@ from runtime.preempt import StopRequest, requeue_slurm_job
 from runtime.reproduce import fix_random_seeds, get_sha, seed_step
 from runtime.saver import NEWEST, CheckpointSaver, find_checkpoint
 from runtime.tensorboard import TensorBoard
+from training import recipes
 
 __all__ = ["DINOLoss", "DataAugmentationDINO", "get_args_parser", "train_dino"]
 
@@ -269,7 +269,7 @@ def resolve_arguments(args: argparse.Namespace, sources: dict[str, str] | None =
 
 def _local_size(args: argparse.Namespace) -> int:
     """3/7 of the global crop (96 for 224), in whole patches for a ViT."""
-    unit = args.patch_size if recipes.family(args.arch) == "vit" else 1
+    unit = args.patch_size if backbones.family(args.arch) == "vit" else 1
     return max(unit, round(args.img_size * 3 / 7 / unit) * unit)
 
 
@@ -467,7 +467,7 @@ def build_pretraining(args: argparse.Namespace, images: int, device: torch.devic
     sampler = TrainSampler(images, batch_size, accum, args.seed, get_rank(), get_world_size())
     if args.fsdp:
         sharding.check_can_shard(device, args.optimizer, args.compile)
-    channels_last = recipes.family(args.arch) != "vit" and not args.fsdp  # slices are cut from contiguous parameters
+    channels_last = backbones.family(args.arch) != "vit" and not args.fsdp  # slices are cut from contiguous parameters
     choice = hardware.choose(device, args.amp, args.matmul_precision, channels_last)
     fix_random_seeds(args.seed)
     student, teacher = build_models(args)

@@ -14,10 +14,11 @@ LEVELS = {
     "sp": 0, "runtime": 0,
     "distill": 1, "optim": 1, "data": 1,
     "vision_transformer": 2, "resnet_simpool": 2, "convnext_simpool": 2,
-    "backbones": 3, "evaluation": 3,
-    "utils": 4,
-    "main_dino": 5, "eval_knn": 5, "eval_linear": 5, "visualize_attention": 5, "hubconf": 5, "tools": 5,
-    "benchmarks": 5, "run_scripts": 5,
+    "backbones": 3,
+    "evaluation": 4,
+    "utils": 5, "training": 5,
+    "main_dino": 6, "eval_knn": 6, "eval_linear": 6, "visualize_attention": 6, "hubconf": 6, "tools": 6,
+    "benchmarks": 7, "run_scripts": 7,
 }  # fmt: skip
 MODELS = ("vision_transformer", "resnet_simpool", "convnext_simpool")
 BACKBONE_FILES = ("sp", *MODELS, "backbones", "distill.heads", "hubconf")
@@ -101,7 +102,9 @@ def test_sp_is_one_file():
     assert roots <= {"torch", *sys.stdlib_module_names}
 
 
-@pytest.mark.parametrize("package", ["distill", "optim", "data", "runtime", "evaluation", "tools", "benchmarks"])
+@pytest.mark.parametrize(
+    "package", ["distill", "optim", "data", "runtime", "evaluation", "training", "tools", "benchmarks"]
+)
 def test_package_init_files_are_empty(package):
     """Importing a package runs nothing."""
     assert (ROOT / package / "__init__.py").read_text() == ""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from distill.recipes import RECIPES, family, recipe_name
+from backbones import family
+from training.recipes import RECIPES, recipe_name
 
 
 @pytest.mark.parametrize(
