@@ -31,10 +31,11 @@ from data.datasets import open_images
 from data.loader import normalize
 from data.sampler import TrainSampler, shard_for_eval
 from data.source import ImageSource
-from evaluation import features, linear, options, report
+from evaluation import features, linear, logistic, options, plots, records
 from evaluation.crops import build_probe_loader
+from evaluation.forms import Form, default_forms, probe_features
 from evaluation.knn import accuracy
-from evaluation.linear import Form, LinearClassifier, Probe
+from evaluation.linear import LinearClassifier, Probe
 from runtime.checkpoint import read_checkpoint, save_on_master
 from runtime.cli import add_flag, bool_flag, parse_program
 from runtime.distributed import barrier, get_rank, get_world_size, init_distributed_mode, is_main_process, leave
@@ -100,7 +101,7 @@ def eval_linear(args: argparse.Namespace) -> dict[str, Any]:
         setattr(args, name, value if value is None or isinstance(value, list) else [value])
     if args.lr is not None and min(args.lr) <= 0:
         raise InputError(f"--lr {min(args.lr):g}: give learning rates above 0")
-    folder = report.output_folder(args.output_dir, args.pretrained_weights)
+    folder = records.output_folder(args.output_dir, args.pretrained_weights)
     init_distributed_mode(args)
     task = prepare(args, folder)
     if args.logistic:
@@ -132,7 +133,7 @@ class Task:
 
     def forms(self) -> list[Form]:
         """The forms of features that the flags ask for, checked on the model."""
-        args, default = self.args, linear.default_forms(self.model)[0]
+        args, default = self.args, default_forms(self.model)[0]
         depths = args.n_last_blocks or [default.n]
         pools = args.avgpool_patchtokens if args.avgpool_patchtokens is not None else [default.avgpool]
         forms = [Form(n, pool) for n in dict.fromkeys(depths) for pool in dict.fromkeys(pools)]
@@ -145,14 +146,14 @@ class Task:
         side = self.extraction["img_size"]
         blank = torch.zeros(2, options.channels(self.loaded.config), side, side, device=self.device)
         with input_errors("--n_last_blocks, --avgpool_patchtokens"), torch.no_grad():
-            return [x.shape[1] for x in linear.probe_features(self.model, blank, forms)]
+            return [x.shape[1] for x in probe_features(self.model, blank, forms)]
 
     def write(self, name: str, settings: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
         """The evaluation's JSON; returns the results."""
         common = {key: getattr(self.args, key) for key in ("subset", "seed", "amp")}
         common |= {key: self.extraction[key] for key in ("img_size", "resize")}
-        data = report.describe_data(self.args.data_path, self.train, self.val)
-        report.write_evaluation(
+        data = records.describe_data(self.args.data_path, self.train, self.val)
+        records.write_evaluation(
             self.folder, name, options.describe(self.loaded, self.args), data, common | settings, results
         )
         return results
@@ -213,7 +214,7 @@ def cache(task: Task, source: ImageSource, indices: np.ndarray | None, forms: li
     widths = task.widths(forms)
     joined, _ = features.extract_shard(
         task.model, source, indices=mine, desc=desc,
-        forward=lambda images: torch.cat(linear.probe_features(task.model, images, forms), dim=1),
+        forward=lambda images: torch.cat(probe_features(task.model, images, forms), dim=1),
         **task.extraction,
     )  # fmt: skip
     parts = joined.split(widths, dim=1) if len(joined) else [joined.new_empty(0, width) for width in widths]
@@ -291,7 +292,7 @@ def train_epoch(
     for images, target in progress(loader, len(loader), f"epoch {epoch}"):
         with torch.no_grad():
             with torch.autocast(device.type, dtype=amp or torch.bfloat16, enabled=amp is not None):
-                batch = linear.probe_features(task.model, normalize(images.to(device, non_blocking=True)), forms)
+                batch = probe_features(task.model, normalize(images.to(device, non_blocking=True)), forms)
             batch, target = gather_batch([x.float() for x in batch], target.to(device, non_blocking=True))
             total += probe.step(batch, target, lr_scale)
         steps += 1
@@ -403,14 +404,14 @@ class Sweep:
         """Table, plot and JSON."""
         header = ["head", "train loss", selected_on, "val top-1", "val top-5"]
         keys = ("head", "train_loss", "selection_top1", "val_top1", "val_top5")
-        say(report.table(header, [[row[key] for key in keys] for row in self.rows]))
+        say(records.table(header, [[row[key] for key in keys] for row in self.rows]))
         best = self.best
         say(
             f"selected on {selected_on}: {best['head']} at epoch {best['epoch']}: "
             f"val top-1 {best['val_top1']:.2f}, top-5 {best['val_top5']:.2f}"
         )
         if is_main_process() and len(self.rows) > 1:
-            report.plot_heads(self.rows, best, selected_on, self.task.folder / "eval_linear.png")
+            plots.plot_heads(self.rows, best, selected_on, self.task.folder / "eval_linear.png")
         settings = {
             **self.identity,
             "selected_on": selected_on,
@@ -460,7 +461,7 @@ def run_saved(task: Task) -> dict[str, Any]:
     probe.groups[0].weight.copy_(weight[None])
     probe.groups[0].bias.copy_(state["linear.bias"][None])
     top1, top5, loss = cache(task, task.val, None, [form], "val features").count(probe)[0].tolist()
-    say(report.table(["head", "val top-1", "val top-5"], [[str(path), top1, top5]]))
+    say(records.table(["head", "val top-1", "val top-5"], [[str(path), top1, top5]]))
     return task.write(
         "eval_linear_saved",
         {"linear_weights": str(path), "n_last_blocks": form.n, "avgpool_patchtokens": form.avgpool},
@@ -471,19 +472,19 @@ def run_saved(task: Task) -> dict[str, Any]:
 def run_logistic(task: Task) -> dict[str, Any]:
     """Logistic regression on features of uncropped images."""
     form = task.forms()[0]
-    forward = {"forward": lambda images: linear.probe_features(task.model, images, [form])[0]}
+    forward = {"forward": lambda images: probe_features(task.model, images, [form])[0]}
     train = features.extract(task.model, task.train, desc="train features", **forward, **task.extraction)
     val = features.extract(task.model, task.val, desc="val features", **forward, **task.extraction)
     results: dict[str, Any] = {}
     if is_main_process():
         started = time.monotonic()
-        results = linear.logistic_regression(
+        results = logistic.logistic_regression(
             train.to(task.device), torch.from_numpy(task.train.labels), val, torch.from_numpy(task.val.labels),
             num_classes=task.args.num_labels, seed=task.args.seed,
         )  # fmt: skip
         results["seconds"] = round(time.monotonic() - started, 1)
         cells = [f"{results['penalty']:g}", results["top1"], results["top5"]]
-        say(report.table(["logistic regression", "penalty", "val top-1", "val top-5"], [[form.name, *cells]]))
+        say(records.table(["logistic regression", "penalty", "val top-1", "val top-5"], [[form.name, *cells]]))
     barrier()
     return task.write("eval_logistic", {"n_last_blocks": form.n, "avgpool_patchtokens": form.avgpool}, results)
 
@@ -506,7 +507,7 @@ def train(
     metric_logger = MetricLogger(delimiter="  ")
     for images, target in metric_logger.log_every(loader, 20, f"Epoch: [{epoch}]"):
         with torch.no_grad():
-            output = linear.probe_features(model, images.to(device, non_blocking=True), [Form(n, bool(avgpool))])[0]
+            output = probe_features(model, images.to(device, non_blocking=True), [Form(n, bool(avgpool))])[0]
         loss = F.cross_entropy(linear_classifier(output), target.to(device, non_blocking=True))
         optimizer.zero_grad()
         loss.backward()
@@ -526,7 +527,7 @@ def validate_network(
     metric_logger = MetricLogger(delimiter="  ")
     for images, target in metric_logger.log_every(val_loader, 20, "Test:"):
         images, target = images.to(device, non_blocking=True), target.to(device, non_blocking=True)
-        output = linear_classifier(linear.probe_features(model, images, [Form(n, bool(avgpool))])[0])
+        output = linear_classifier(probe_features(model, images, [Form(n, bool(avgpool))])[0])
         acc1, acc5 = accuracy(output, target, topk=(1, 5))
         metric_logger.update(loss=F.cross_entropy(output, target).item())
         metric_logger.meters["acc1"].update(acc1.item(), n=len(images))
