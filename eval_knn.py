@@ -37,8 +37,9 @@ from runtime.distributed import (
     leave,
 )
 from runtime.guards import EXIT_DONE, InputError, input_errors, run_program
-from runtime.log import MetricLogger, say
+from runtime.meters import MetricLogger
 from runtime.reproduce import fix_random_seeds
+from runtime.terminal import say
 from utils import LoadedModel, load_checkpoint_model
 
 __all__ = ["ReturnIndexDataset", "extract_feature_pipeline", "extract_features", "knn_classifier"]

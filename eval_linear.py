@@ -39,8 +39,11 @@ from runtime.checkpoint import read_checkpoint, save_on_master
 from runtime.cli import add_flag, bool_flag, parse_program
 from runtime.distributed import barrier, get_rank, get_world_size, init_distributed_mode, is_main_process, leave
 from runtime.guards import EXIT_DONE, InputError, input_errors, run_program
-from runtime.log import JsonLog, MetricLogger, cut_json_lines, progress, say
+from runtime.json_log import JsonLog, cut_json_lines
+from runtime.meters import MetricLogger
+from runtime.progress import progress
 from runtime.reproduce import fix_random_seeds
+from runtime.terminal import say
 from utils import LoadedModel, load_checkpoint_model
 
 __all__ = ["LinearClassifier", "eval_linear", "train", "validate_network"]

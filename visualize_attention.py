@@ -26,8 +26,9 @@ from evaluation import attention, options, report
 from runtime.cli import add_flag, parse_program
 from runtime.distributed import choose_device
 from runtime.guards import EXIT_DONE, InputError, input_errors, run_program
-from runtime.log import progress, say
+from runtime.progress import progress
 from runtime.reproduce import fix_random_seeds
+from runtime.terminal import say
 from utils import LoadedModel, load_checkpoint_model
 
 VIDEO_BATCH = 8

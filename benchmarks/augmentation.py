@@ -23,7 +23,7 @@ from data.train_set import TrainSet
 from runtime.cli import parse_described
 from runtime.guards import run_program
 from runtime.hardware import keep_freed_memory
-from runtime.log import say
+from runtime.terminal import say
 
 
 class PublishedAugmentation:

@@ -21,7 +21,7 @@ from data.source import ImageSource
 from runtime.cli import parse_described
 from runtime.guards import run_program
 from runtime.hardware import keep_freed_memory
-from runtime.log import say
+from runtime.terminal import say
 
 
 def usual_batch(source: ImageSource, indices: list[int], transform) -> torch.Tensor:

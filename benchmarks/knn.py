@@ -23,7 +23,7 @@ from benchmarks.measure import peak_bytes, timed_in_turn
 from evaluation import knn
 from runtime.cli import parse_described
 from runtime.guards import run_program
-from runtime.log import say
+from runtime.terminal import say
 
 T = 0.07
 

@@ -19,7 +19,7 @@ from evaluation.linear import Probe, default_forms, probe_features
 from runtime.cli import parse_described
 from runtime.distributed import choose_device
 from runtime.guards import run_program
-from runtime.log import say
+from runtime.terminal import say
 
 
 class Seconds(NamedTuple):

@@ -34,7 +34,7 @@ from runtime import hardware
 from runtime.cli import bool_flag, parse_described
 from runtime.distributed import choose_device
 from runtime.guards import run_program
-from runtime.log import say
+from runtime.terminal import say
 
 CHECKED_STEPS = 3
 APART = "plain, system's allocator"

@@ -31,7 +31,8 @@ from data.source import ImageSource
 from runtime.checkpoint import write_atomic, write_json_atomic
 from runtime.distributed import get_rank, get_world_size
 from runtime.guards import InputError
-from runtime.log import progress, say
+from runtime.progress import progress
+from runtime.terminal import say
 
 TENSOR_FILES = ("trainfeat.pth", "testfeat.pth", "trainlabels.pth", "testlabels.pth")
 DESCRIPTION_FILE = "features.json"

@@ -33,7 +33,7 @@ from data.sampler import shard_for_eval
 from evaluation import features
 from runtime.distributed import all_gather_objects, get_rank, get_world_size, is_dist_avail_and_initialized
 from runtime.guards import InputError
-from runtime.log import say
+from runtime.terminal import say
 
 CHUNK_BYTES = 128 << 20  # bound of each large temporary: a block of training features, a chunk of similarities
 LOW_SHOT_STARTS = {1: (0, 5, 10, 15, 20), 5: (0, 5, 10, 15, 20), 10: (0, 10, 20, 30, 40), 20: (0, 20, 40, 60, 80)}

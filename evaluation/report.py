@@ -18,7 +18,7 @@ from typing import Any
 from runtime.checkpoint import check_writable, write_json_atomic, write_text_atomic
 from runtime.distributed import is_main_process
 from runtime.guards import InputError
-from runtime.log import say
+from runtime.terminal import say
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
