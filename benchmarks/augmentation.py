@@ -19,7 +19,7 @@ import torch
 
 from data.augment import ColourStage, CropSpec, GaussianBlur, Solarization
 from data.datasets import open_images
-from data.loader import TrainSet
+from data.train_set import TrainSet
 from runtime.cli import parse_described
 from runtime.guards import run_program
 from runtime.hardware import keep_freed_memory

@@ -15,7 +15,8 @@ import time
 import torch
 
 from data.datasets import open_images
-from data.loader import EvalSet, normalize
+from data.eval_set import EvalSet
+from data.loader import normalize
 from data.source import ImageSource
 from runtime.cli import parse_described
 from runtime.guards import run_program

@@ -29,7 +29,7 @@ import main_dino
 from benchmarks.measure import run_apart, timed_in_turn
 from benchmarks.plain_step import PARTS, PlainStep
 from data.datasets import open_images
-from data.loader import CropBatch, TrainSet
+from data.train_set import CropBatch, TrainSet
 from runtime import hardware
 from runtime.cli import bool_flag, parse_described
 from runtime.distributed import choose_device
