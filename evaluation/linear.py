@@ -147,6 +147,7 @@ class Probe:
     ):
         peaks = [lr * global_batch / 256.0 for lr in lrs]
         self.groups = [HeadGroup(dim, num_classes, peaks, device, seed) for dim in dims]
+        self.forms = list(forms)
         self.heads = [Head(form, lr) for form in forms for lr in lrs]
         self.num_classes = num_classes
 
