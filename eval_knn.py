@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from data.datasets import open_images
 from data.sampler import shard_for_eval
 from data.source import ImageSource
-from evaluation import features, knn, options, report
+from evaluation import features, knn, low_shot, options, records, stored_features
 from evaluation.knn import knn_classifier
 from evaluation.retrieval import multi_scale
 from runtime.cli import add_flag, bool_flag, parse_program
@@ -37,8 +37,9 @@ from runtime.distributed import (
     leave,
 )
 from runtime.guards import EXIT_DONE, InputError, input_errors, run_program
-from runtime.log import MetricLogger, say
+from runtime.meters import MetricLogger
 from runtime.reproduce import fix_random_seeds
+from runtime.terminal import say
 from utils import LoadedModel, load_checkpoint_model
 
 __all__ = ["ReturnIndexDataset", "extract_feature_pipeline", "extract_features", "knn_classifier"]
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.low_shot is not None:
         args.low_shot = args.low_shot or [1, 5, 10, 20]
         options.check_positive(args, "low_shot")
-    folder = report.output_folder(args.output_dir, args.pretrained_weights)
+    folder = records.output_folder(args.output_dir, args.pretrained_weights)
     init_distributed_mode(args)
     try:
         return embed(args) if args.embed else evaluate(args, folder)
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
 class Collected:
     """Normalised features and labels of train and val, and what the JSON says of where they came from."""
 
-    features: features.FeatureSet
+    features: stored_features.FeatureSet
     complete: bool  # whether this rank holds the whole training set, or only its share
     model: dict[str, Any]
     data: dict[str, Any]
@@ -122,20 +123,20 @@ def evaluate(args: argparse.Namespace, folder: Path) -> int:
         for (k, temperature), (top1, top5) in accuracies.items()
     ]
     cells = [[str(row["k"]), f"{row['temperature']:g}", row["top1"], row["top5"]] for row in rows]
-    say(report.table(["k-NN", "temperature", "top-1", "top-5"], cells))
+    say(records.table(["k-NN", "temperature", "top-1", "top-5"], cells))
     results: dict[str, Any] = {"knn": rows}
     if args.low_shot:
-        results["low_shot"] = low_shot(args, found, test)
+        results["low_shot"] = classify_low_shot(args, found, test)
     names = ("nb_knn", "temperature", "low_shot", "low_shot_draw", "subset", "seed", "features_dtype", "amp")
     settings = {name: getattr(args, name) for name in names}
     settings |= {key: found.features.description.get(key) for key in ("img_size", "resize")}
-    report.write_evaluation(folder, "eval_knn", found.model, found.data, settings, results)
+    records.write_evaluation(folder, "eval_knn", found.model, found.data, settings, results)
     return EXIT_DONE
 
 
-def low_shot(args: argparse.Namespace, found: Collected, test: Tensor) -> dict[int, dict]:
+def classify_low_shot(args: argparse.Namespace, found: Collected, test: Tensor) -> dict[int, dict]:
     """Low-shot k-NN, each rank with its share of the queries and all training features: table and results."""
-    results = knn.low_shot_knn(
+    results = low_shot.low_shot_knn(
         found.features.train_features.to(test.device),
         found.features.train_labels,
         test,
@@ -148,7 +149,7 @@ def low_shot(args: argparse.Namespace, found: Collected, test: Tensor) -> dict[i
         sharded=True,
     )
     cells = [[str(nu), str(r["k"]), r["mean"], r["std"], str(len(r["runs"]))] for nu, r in results.items()]
-    say(report.table(["images per class", "k", "top-1", "±", "runs"], cells))
+    say(records.table(["images per class", "k", "top-1", "±", "runs"], cells))
     return results
 
 
@@ -159,7 +160,7 @@ def embed(args: argparse.Namespace) -> int:
     array = features.extract(loaded.model, source, **options.extraction(args, loaded.config))
     if is_main_process():
         description = options.describe(loaded, args) | {"data_path": args.data_path, "data": source.fingerprint()}
-        for path in features.write_embeddings(args.embed, array, source, description):
+        for path in stored_features.write_embeddings(args.embed, array, source, description):
             say(f"wrote {path}")
         say(f"{len(array)} features of width {array.shape[1]}, as the model gives them (not normalised)")
     return EXIT_DONE
@@ -198,7 +199,7 @@ def collect(args: argparse.Namespace) -> Collected:
     complete = get_world_size() == 1 or bool(args.dump_features or args.low_shot)
     if complete:
         train_features, index = features.gather_shards(train_features, len(train)), slice(None)
-    found = features.FeatureSet(
+    found = stored_features.FeatureSet(
         features.normalize_rows_(train_features),
         features.normalize_rows_(features.extract(loaded.model, val, desc="val features", **settings)),
         torch.from_numpy(train.labels)[index],
@@ -213,9 +214,9 @@ def collect(args: argparse.Namespace) -> Collected:
         },
     )
     if args.dump_features and is_main_process():
-        features.dump_features(args.dump_features, found)
+        stored_features.dump_features(args.dump_features, found)
         say(f"features written to {args.dump_features}")
-    return Collected(found, complete, options.describe(loaded, args), report.describe_data(args.data_path, train, val))
+    return Collected(found, complete, options.describe(loaded, args), records.describe_data(args.data_path, train, val))
 
 
 def collect_saved(args: argparse.Namespace) -> Collected:
@@ -230,8 +231,8 @@ def collect_saved(args: argparse.Namespace) -> Collected:
     if args.data_path != get_args_parser().get_default("data_path"):
         train, val = open_labelled(args, args.in_chans or 3)
         expected |= {"train_data": train.fingerprint(), "val_data": val.fingerprint()}
-        data |= report.describe_data(args.data_path, train, val)
-    saved = features.load_features(args.load_features, expected)
+        data |= records.describe_data(args.data_path, train, val)
+    saved = stored_features.load_features(args.load_features, expected)
     model = {key: saved.description.get(key) for key in ("checkpoint", "checkpoint_sha256", "checkpoint_key", "config")}
     return Collected(saved, True, model, data)
 

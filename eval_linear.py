@@ -16,31 +16,29 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from data.datasets import open_images
-from data.loader import normalize
-from data.sampler import TrainSampler, shard_for_eval
+from data.sampler import TrainSampler
 from data.source import ImageSource
-from evaluation import features, linear, options, report
+from evaluation import cached, features, linear, logistic, options, records
 from evaluation.crops import build_probe_loader
-from evaluation.knn import accuracy
-from evaluation.linear import Form, LinearClassifier, Probe
-from runtime.checkpoint import read_checkpoint, save_on_master
+from evaluation.forms import Form, default_forms, probe_features
+from evaluation.linear import LinearClassifier, Probe
+from evaluation.single_head import train, validate_network
+from evaluation.sweep import Sweep, train_epoch
+from runtime.checkpoint import read_checkpoint
 from runtime.cli import add_flag, bool_flag, parse_program
 from runtime.distributed import barrier, get_rank, get_world_size, init_distributed_mode, is_main_process, leave
 from runtime.guards import EXIT_DONE, InputError, input_errors, run_program
-from runtime.log import JsonLog, MetricLogger, cut_json_lines, progress, say
 from runtime.reproduce import fix_random_seeds
+from runtime.terminal import say
 from utils import LoadedModel, load_checkpoint_model
 
 __all__ = ["LinearClassifier", "eval_linear", "train", "validate_network"]
@@ -97,7 +95,7 @@ def eval_linear(args: argparse.Namespace) -> dict[str, Any]:
         setattr(args, name, value if value is None or isinstance(value, list) else [value])
     if args.lr is not None and min(args.lr) <= 0:
         raise InputError(f"--lr {min(args.lr):g}: give learning rates above 0")
-    folder = report.output_folder(args.output_dir, args.pretrained_weights)
+    folder = records.output_folder(args.output_dir, args.pretrained_weights)
     init_distributed_mode(args)
     task = prepare(args, folder)
     if args.logistic:
@@ -129,7 +127,7 @@ class Task:
 
     def forms(self) -> list[Form]:
         """The forms of features that the flags ask for, checked on the model."""
-        args, default = self.args, linear.default_forms(self.model)[0]
+        args, default = self.args, default_forms(self.model)[0]
         depths = args.n_last_blocks or [default.n]
         pools = args.avgpool_patchtokens if args.avgpool_patchtokens is not None else [default.avgpool]
         forms = [Form(n, pool) for n in dict.fromkeys(depths) for pool in dict.fromkeys(pools)]
@@ -142,14 +140,20 @@ class Task:
         side = self.extraction["img_size"]
         blank = torch.zeros(2, options.channels(self.loaded.config), side, side, device=self.device)
         with input_errors("--n_last_blocks, --avgpool_patchtokens"), torch.no_grad():
-            return [x.shape[1] for x in linear.probe_features(self.model, blank, forms)]
+            return [x.shape[1] for x in probe_features(self.model, blank, forms)]
+
+    def cache(
+        self, source: ImageSource, forms: list[Form], desc: str, indices: np.ndarray | None = None
+    ) -> cached.Cached:
+        """This rank's share of the features of a source, or of its `indices`, for every form."""
+        return cached.cache(self.model, source, forms, self.widths(forms), self.extraction, desc, indices)
 
     def write(self, name: str, settings: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
         """The evaluation's JSON; returns the results."""
         common = {key: getattr(self.args, key) for key in ("subset", "seed", "amp")}
         common |= {key: self.extraction[key] for key in ("img_size", "resize")}
-        data = report.describe_data(self.args.data_path, self.train, self.val)
-        report.write_evaluation(
+        data = records.describe_data(self.args.data_path, self.train, self.val)
+        records.write_evaluation(
             self.folder, name, options.describe(self.loaded, self.args), data, common | settings, results
         )
         return results
@@ -177,46 +181,6 @@ def prepare(args: argparse.Namespace, folder: Path) -> Task:
     return Task(args, folder, loaded, train, val, options.extraction(args, loaded.config))
 
 
-@dataclass
-class Cached:
-    """Features of images that are seen without augmentation, computed once; this rank's share of them."""
-
-    features: list[Tensor]  # one (N_r, D) per form
-    labels: Tensor  # (N_r,)
-
-    def count(self, probe: Probe) -> Tensor:
-        """Per head, percent of hits at top-1 and top-5 and mean loss over all ranks' shares: (heads, 3)."""
-        device = probe.groups[0].weight.device
-        total = torch.zeros(len(probe.heads), 3, dtype=torch.float64)
-        rows = max(1, (256 << 20) // (4 * probe.num_classes * len(probe.groups[0].lrs)))
-        for start in range(0, len(self.labels), rows):
-            chunk = [x[start : start + rows].to(device) for x in self.features]
-            total += probe.count(chunk, self.labels[start : start + rows].to(device)).cpu()
-        everything = torch.cat([total.flatten(), torch.tensor([float(len(self.labels))], dtype=torch.float64)])
-        everything = everything.float().to(device)  # counts of images: exact up to 16 million
-        if get_world_size() > 1:
-            dist.all_reduce(everything)
-        everything = everything.double().cpu()
-        mean = everything[:-1].view_as(total) / everything[-1]
-        mean[:, :2] *= 100.0
-        mean[~mean[:, 2].isfinite(), :2] = 0.0  # a head that has diverged predicts nothing
-        return mean
-
-
-def cache(task: Task, source: ImageSource, indices: np.ndarray | None, forms: list[Form], desc: str) -> Cached:
-    """This rank's share of the features of `indices` (all: None) of a source, for every form."""
-    indices = np.arange(len(source)) if indices is None else indices
-    mine = indices[shard_for_eval(len(indices), get_rank(), get_world_size())]
-    widths = task.widths(forms)
-    joined, _ = features.extract_shard(
-        task.model, source, indices=mine, desc=desc,
-        forward=lambda images: torch.cat(linear.probe_features(task.model, images, forms), dim=1),
-        **task.extraction,
-    )  # fmt: skip
-    parts = joined.split(widths, dim=1) if len(joined) else [joined.new_empty(0, width) for width in widths]
-    return Cached([part.contiguous() for part in parts], torch.from_numpy(source.labels[mine]))
-
-
 # ---- the sweep ------------------------------------------------------------------------------------------------------
 
 
@@ -236,19 +200,24 @@ def run_sweep(task: Task) -> dict[str, Any]:
         task.train, kept, sampler, task.extraction["img_size"], args.num_workers, args.seed, task.device.type == "cuda"
     )
     describe_sweep(task, probe, len(kept), sampler.global_batch, held_out)
-    sweep = Sweep(task, probe, forms, run_identity(task, forms, lrs, sampler.global_batch, len(kept)))
+    sweep = Sweep(task.folder, probe, run_identity(task, forms, lrs, sampler.global_batch, len(kept)))
     first_epoch = sweep.resume()
-    val = cache(task, task.val, None, forms, "val features")
-    selection = cache(task, task.train, held_out, forms, "held-out features") if choose else val
+    val = task.cache(task.val, forms, "val features")
+    selection = task.cache(task.train, forms, "held-out features", held_out) if choose else val
 
     for epoch in range(first_epoch, args.epochs):
         sampler.set_position(epoch)
-        losses = train_epoch(task, probe, loader, forms, linear.cosine_factor(epoch, args.epochs), epoch)
+        losses = train_epoch(
+            task.model, probe, loader, linear.cosine_factor(epoch, args.epochs), task.device,
+            task.extraction["amp_dtype"], f"epoch {epoch}",
+        )  # fmt: skip
         if (epoch + 1) % args.val_freq == 0 or epoch + 1 == args.epochs:
             val_counts = val.count(probe)
             sweep.validated(epoch, losses, val_counts, selection.count(probe) if choose else val_counts)
         sweep.save(epoch + 1)
-    return sweep.finish("held-out train" if choose else "val")
+    selected_on = "held-out train" if choose else "val"
+    settings = {**sweep.identity, "selected_on": selected_on, "batch_size_per_gpu": args.batch_size_per_gpu}
+    return task.write("eval_linear", settings, sweep.finish(selected_on))
 
 
 def describe_sweep(task: Task, probe: Probe, images: int, global_batch: int, held_out: np.ndarray | None) -> None:
@@ -276,145 +245,6 @@ def run_identity(task: Task, forms: list[Form], lrs: list[float], global_batch: 
         "seed": args.seed,
         "select_on": args.select_on,
     }
-
-
-def train_epoch(
-    task: Task, probe: Probe, loader: Iterable, forms: list[Form], lr_scale: float, epoch: int
-) -> list[float]:
-    """One pass over the training images; returns each head's mean loss."""
-    amp = task.extraction["amp_dtype"]
-    device = task.device
-    total, steps = torch.zeros(len(probe.heads), device=device), 0
-    for images, target in progress(loader, len(loader), f"epoch {epoch}"):
-        with torch.no_grad():
-            with torch.autocast(device.type, dtype=amp or torch.bfloat16, enabled=amp is not None):
-                batch = linear.probe_features(task.model, normalize(images.to(device, non_blocking=True)), forms)
-            batch, target = gather_batch([x.float() for x in batch], target.to(device, non_blocking=True))
-            total += probe.step(batch, target, lr_scale)
-        steps += 1
-    return (total / steps).tolist()
-
-
-def gather_batch(batch: list[Tensor], target: Tensor) -> tuple[list[Tensor], Tensor]:
-    """The global batch on every rank, in the order of ranks: features per form and labels."""
-    world = get_world_size()
-    if world == 1:
-        return batch, target
-    widths = [x.shape[1] for x in batch]
-    joined = torch.cat(batch, dim=1)
-    pieces = [torch.empty_like(joined) for _ in range(world)]
-    dist.all_gather(pieces, joined)
-    targets = [torch.empty_like(target) for _ in range(world)]
-    dist.all_gather(targets, target)
-    return [part.contiguous() for part in torch.cat(pieces).split(widths, dim=1)], torch.cat(targets)
-
-
-class Sweep:
-    """A sweep's record: the best head so far, the numbers of the last validation, and the files."""
-
-    def __init__(self, task: Task, probe: Probe, forms: list[Form], identity: dict[str, Any]):
-        self.task, self.probe, self.forms, self.identity = task, probe, forms, identity
-        self.best: dict[str, Any] = {"selection_top1": -1.0}
-        self.rows: list[dict[str, Any]] = []
-        self.last_path, self.best_path = task.folder / "checkpoint.pth.tar", task.folder / "best.pth.tar"
-        self.log_path = task.folder / "eval_linear_log.txt"
-        self.log = JsonLog(self.log_path)
-        self.started = time.monotonic()
-
-    def resume(self) -> int:
-        """Continue from checkpoint.pth.tar where there is one; returns the first epoch to train."""
-        if not self.last_path.is_file():
-            return 0
-        saved = read_checkpoint(self.last_path)
-        theirs = saved.get("config")
-        if theirs is None:
-            raise InputError(
-                f"{self.last_path} is a published head, which cannot be resumed here: give another --output_dir, or "
-                "validate it with --evaluate"
-            )
-        for key, value in self.identity.items():
-            if theirs.get(key) != value:
-                raise InputError(
-                    f"{self.last_path} was made with {key} {theirs.get(key)!r}, this run has {value!r}: give another "
-                    "--output_dir, or remove the file to start anew"
-                )
-        with input_errors(str(self.last_path)):
-            self.probe.load(saved["optimizer"]["heads"])
-        self.best, self.rows = saved["best"], saved["rows"]
-        if is_main_process():
-            cut_json_lines(self.log_path, saved["epoch"])
-        say(f"resuming from {self.last_path} at epoch {saved['epoch']}")
-        return saved["epoch"]
-
-    def validated(self, epoch: int, losses: list[float], val: Tensor, selection: Tensor) -> None:
-        """Note a validation: the rows of the table, the log line, and the best head so far."""
-        self.rows = [
-            {
-                "head": head.name,
-                "n_last_blocks": head.form.n,
-                "avgpool_patchtokens": head.form.avgpool,
-                "lr": head.lr,
-                "train_loss": loss,
-                "val_loss": v[2],
-                "selection_top1": s[0],
-                "val_top1": v[0],
-                "val_top5": v[1],
-            }
-            for head, loss, v, s in zip(self.probe.heads, losses, val.tolist(), selection.tolist(), strict=True)
-        ]
-        leader = max(range(len(self.rows)), key=lambda i: self.rows[i]["selection_top1"])
-        row = self.rows[leader]
-        if row["selection_top1"] > self.best["selection_top1"]:
-            self.best = {**row, "epoch": epoch, "number": leader}
-            save_on_master(self._content(epoch + 1, leader), self.best_path)
-        if is_main_process():
-            self.log.append({"epoch": epoch, "heads": self.rows})
-        say(
-            f"epoch {epoch}: best head {row['head']}: selection {row['selection_top1']:.2f}, val top-1 "
-            f"{row['val_top1']:.2f}, top-5 {row['val_top5']:.2f}"
-        )
-
-    def _content(self, epoch: int, head: int) -> dict[str, Any]:
-        """One head under the published names, and what made it."""
-        return {
-            "epoch": epoch,
-            "state_dict": self.probe.classifier(head),
-            "best_acc": self.best.get("val_top1", 0.0),
-            "head": {"form": list(self.probe.heads[head].form), "lr": self.probe.heads[head].lr},
-            "config": self.identity,
-        }
-
-    def save(self, epoch: int) -> None:
-        """checkpoint.pth.tar: the leading head as it is now, and all that is needed to continue."""
-        content = self._content(epoch, self.best.get("number", 0))
-        content |= {
-            "optimizer": {"heads": self.probe.state()},
-            "scheduler": {"last_epoch": epoch},
-            "best": self.best,
-            "rows": self.rows,
-        }
-        save_on_master(content, self.last_path)
-        barrier()
-
-    def finish(self, selected_on: str) -> dict[str, Any]:
-        """Table, plot and JSON."""
-        header = ["head", "train loss", selected_on, "val top-1", "val top-5"]
-        keys = ("head", "train_loss", "selection_top1", "val_top1", "val_top5")
-        say(report.table(header, [[row[key] for key in keys] for row in self.rows]))
-        best = self.best
-        say(
-            f"selected on {selected_on}: {best['head']} at epoch {best['epoch']}: "
-            f"val top-1 {best['val_top1']:.2f}, top-5 {best['val_top5']:.2f}"
-        )
-        if is_main_process() and len(self.rows) > 1:
-            report.plot_heads(self.rows, best, selected_on, self.task.folder / "eval_linear.png")
-        settings = {
-            **self.identity,
-            "selected_on": selected_on,
-            "batch_size_per_gpu": self.task.args.batch_size_per_gpu,
-        }
-        results = {"selected": best, "heads": self.rows, "seconds": round(time.monotonic() - self.started, 1)}
-        return self.task.write("eval_linear", settings, results)
 
 
 # ---- instead of training --------------------------------------------------------------------------------------------
@@ -456,8 +286,8 @@ def run_saved(task: Task) -> dict[str, Any]:
     probe = Probe([width], [form], [1.0], weight.shape[0], 256, task.device)
     probe.groups[0].weight.copy_(weight[None])
     probe.groups[0].bias.copy_(state["linear.bias"][None])
-    top1, top5, loss = cache(task, task.val, None, [form], "val features").count(probe)[0].tolist()
-    say(report.table(["head", "val top-1", "val top-5"], [[str(path), top1, top5]]))
+    top1, top5, loss = task.cache(task.val, [form], "val features").count(probe)[0].tolist()
+    say(records.table(["head", "val top-1", "val top-5"], [[str(path), top1, top5]]))
     return task.write(
         "eval_linear_saved",
         {"linear_weights": str(path), "n_last_blocks": form.n, "avgpool_patchtokens": form.avgpool},
@@ -468,68 +298,21 @@ def run_saved(task: Task) -> dict[str, Any]:
 def run_logistic(task: Task) -> dict[str, Any]:
     """Logistic regression on features of uncropped images."""
     form = task.forms()[0]
-    forward = {"forward": lambda images: linear.probe_features(task.model, images, [form])[0]}
+    forward = {"forward": lambda images: probe_features(task.model, images, [form])[0]}
     train = features.extract(task.model, task.train, desc="train features", **forward, **task.extraction)
     val = features.extract(task.model, task.val, desc="val features", **forward, **task.extraction)
     results: dict[str, Any] = {}
     if is_main_process():
         started = time.monotonic()
-        results = linear.logistic_regression(
+        results = logistic.logistic_regression(
             train.to(task.device), torch.from_numpy(task.train.labels), val, torch.from_numpy(task.val.labels),
             num_classes=task.args.num_labels, seed=task.args.seed,
         )  # fmt: skip
         results["seconds"] = round(time.monotonic() - started, 1)
         cells = [f"{results['penalty']:g}", results["top1"], results["top5"]]
-        say(report.table(["logistic regression", "penalty", "val top-1", "val top-5"], [[form.name, *cells]]))
+        say(records.table(["logistic regression", "penalty", "val top-1", "val top-5"], [[form.name, *cells]]))
     barrier()
     return task.write("eval_logistic", {"n_last_blocks": form.n, "avgpool_patchtokens": form.avgpool}, results)
-
-
-# ---- DINO's names ---------------------------------------------------------------------------------------------------
-
-
-def train(
-    model: nn.Module,
-    linear_classifier: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loader: Iterable,
-    epoch: int,
-    n: int,
-    avgpool: bool,
-) -> dict[str, float]:
-    """One epoch of one head with a torch optimiser (DINO's function): {"lr", "loss"}, means over the ranks."""
-    device = next(model.parameters()).device
-    linear_classifier.train()
-    metric_logger = MetricLogger(delimiter="  ")
-    for images, target in metric_logger.log_every(loader, 20, f"Epoch: [{epoch}]"):
-        with torch.no_grad():
-            output = linear.probe_features(model, images.to(device, non_blocking=True), [Form(n, bool(avgpool))])[0]
-        loss = F.cross_entropy(linear_classifier(output), target.to(device, non_blocking=True))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        metric_logger.update(loss=loss.item(), lr=optimizer.param_groups[0]["lr"])
-    metric_logger.synchronize_between_processes()
-    return {name: meter.global_avg for name, meter in metric_logger.meters.items()}
-
-
-@torch.no_grad()
-def validate_network(
-    val_loader: Iterable, model: nn.Module, linear_classifier: nn.Module, n: int, avgpool: bool
-) -> dict[str, float]:
-    """Validate one head (DINO's function): {"loss", "acc1", "acc5"}, in percent, means over the ranks."""
-    device = next(model.parameters()).device
-    linear_classifier.eval()
-    metric_logger = MetricLogger(delimiter="  ")
-    for images, target in metric_logger.log_every(val_loader, 20, "Test:"):
-        images, target = images.to(device, non_blocking=True), target.to(device, non_blocking=True)
-        output = linear_classifier(linear.probe_features(model, images, [Form(n, bool(avgpool))])[0])
-        acc1, acc5 = accuracy(output, target, topk=(1, 5))
-        metric_logger.update(loss=F.cross_entropy(output, target).item())
-        metric_logger.meters["acc1"].update(acc1.item(), n=len(images))
-        metric_logger.meters["acc5"].update(acc5.item(), n=len(images))
-    metric_logger.synchronize_between_processes()
-    return {name: meter.global_avg for name, meter in metric_logger.meters.items()}
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ from runtime.cli import (
     parse_program,
     read_config,
 )
+from runtime.delayed_results import LateReader
 from runtime.distributed import (
     all_gather_objects,
     barrier,
@@ -83,13 +84,15 @@ from runtime.guards import (
     input_errors,
     run_program,
 )
-from runtime.late import LateReader
+from runtime.hardware import device_line
+from runtime.json_log import JsonLog, cut_json_lines
 from runtime.lock import FolderLock
-from runtime.log import JsonLog, Progress, cut_json_lines, device_line, say
 from runtime.preempt import StopRequest, requeue_slurm_job
+from runtime.progress import Progress
 from runtime.reproduce import fix_random_seeds, get_sha, seed_step
 from runtime.saver import NEWEST, CheckpointSaver, find_checkpoint
 from runtime.tensorboard import TensorBoard
+from runtime.terminal import say
 from training import recipes
 
 __all__ = ["DINOLoss", "DataAugmentationDINO", "get_args_parser", "train_dino"]

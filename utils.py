@@ -38,8 +38,9 @@ from runtime.distributed import (
     setup_for_distributed,
 )
 from runtime.guards import InputError
-from runtime.log import MetricLogger, SmoothedValue, say
+from runtime.meters import MetricLogger, SmoothedValue
 from runtime.reproduce import fix_random_seeds, get_sha
+from runtime.terminal import say
 
 __all__ = [
     "LARS",

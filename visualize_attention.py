@@ -22,12 +22,13 @@ from torch import Tensor
 from data.datasets import FileSource, open_images
 from data.decode import BadImage
 from data.source import ImageSource, PackedStrings
-from evaluation import attention, options, report
+from evaluation import attention, options, records
 from runtime.cli import add_flag, parse_program
 from runtime.distributed import choose_device
 from runtime.guards import EXIT_DONE, InputError, input_errors, run_program
-from runtime.log import progress, say
+from runtime.progress import progress
 from runtime.reproduce import fix_random_seeds
+from runtime.terminal import say
 from utils import LoadedModel, load_checkpoint_model
 
 VIDEO_BATCH = 8
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.threshold is not None and not 0 < args.threshold <= 1:
         raise InputError(f"--threshold {args.threshold}: give the part of the attention to keep, above 0, at most 1")
     first = Path(args.pretrained_weights[0]).parent if args.pretrained_weights else Path(".")
-    folder = report.output_folder(args.output_dir or first / "attention", None)
+    folder = records.output_folder(args.output_dir or first / "attention", None)
     models = load_models(args)
     source, indices = open_selection(args)
     size = input_size(args, list(models.values()))

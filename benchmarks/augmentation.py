@@ -19,11 +19,11 @@ import torch
 
 from data.augment import ColourStage, CropSpec, GaussianBlur, Solarization
 from data.datasets import open_images
-from data.loader import TrainSet
+from data.train_set import TrainSet
 from runtime.cli import parse_described
 from runtime.guards import run_program
 from runtime.hardware import keep_freed_memory
-from runtime.log import say
+from runtime.terminal import say
 
 
 class PublishedAugmentation:

@@ -20,7 +20,7 @@ from benchmarks.train_step import CHECKED_STEPS, TOLERANCE, OwnStep, build, exit
 from runtime.cli import parse_described
 from runtime.distributed import choose_device
 from runtime.guards import run_program
-from runtime.log import say
+from runtime.terminal import say
 
 
 def compare(flags: list[str], device: torch.device, rounds: int) -> tuple[dict[str, float], dict[str, float], float]:

@@ -15,12 +15,13 @@ import time
 import torch
 
 from data.datasets import open_images
-from data.loader import EvalSet, normalize
+from data.eval_set import EvalSet
+from data.loader import normalize
 from data.source import ImageSource
 from runtime.cli import parse_described
 from runtime.guards import run_program
 from runtime.hardware import keep_freed_memory
-from runtime.log import say
+from runtime.terminal import say
 
 
 def usual_batch(source: ImageSource, indices: list[int], transform) -> torch.Tensor:

@@ -28,7 +28,7 @@ from data.sampler import TrainSampler
 from data.source import ImageSource, PackedStrings
 from runtime.cli import parse_described
 from runtime.guards import run_program
-from runtime.log import say
+from runtime.terminal import say
 
 
 def names(entries: int) -> list[str]:

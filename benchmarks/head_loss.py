@@ -24,7 +24,7 @@ from distill.losses import DINOLoss
 from runtime.cli import parse_described
 from runtime.distributed import choose_device
 from runtime.guards import run_program
-from runtime.log import say
+from runtime.terminal import say
 
 TEACHER_TEMP, STUDENT_TEMP = 0.04, 0.1
 

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.measure import peak_bytes, timed_in_turn
-from evaluation import knn
+from evaluation import knn, neighbours
 from runtime.cli import parse_described
 from runtime.guards import run_program
-from runtime.log import say
+from runtime.terminal import say
 
 T = 0.07
 
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
         large(args.part)
         return 0
     say(f"{args.images} x {args.queries} x {args.width}, {args.classes} classes, {torch.get_num_threads()} threads")
-    precision = knn.fastest_exact_precision("cpu")
+    precision = neighbours.fastest_exact_precision("cpu")
     say(f"float32 products exact to rounding (setting {precision!r} on this processor)")
     for ks, seconds, differ in compare(args.images, args.queries, args.width, args.classes, args.rounds):
         published, ours = seconds["published"], seconds["ours"]

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 import backbones
 from benchmarks.measure import timed_in_turn
 from data.loader import normalize
-from evaluation.linear import Probe, default_forms, probe_features
+from evaluation.forms import default_forms, probe_features
+from evaluation.linear import Probe
 from runtime.cli import parse_described
 from runtime.distributed import choose_device
 from runtime.guards import run_program
-from runtime.log import say
+from runtime.terminal import say
 
 
 class Seconds(NamedTuple):

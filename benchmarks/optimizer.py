@@ -35,7 +35,7 @@ from runtime.cli import float_or_none, parse_described
 from runtime.distributed import choose_device
 from runtime.guards import run_program
 from runtime.hardware import keep_freed_memory
-from runtime.log import say
+from runtime.terminal import say
 
 PHASES = ("clip", "optimizer", "average")
 MOMENTUM, LR, WEIGHT_DECAY = 0.996, 1e-4, 0.04

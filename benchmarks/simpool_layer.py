@@ -17,7 +17,7 @@ from benchmarks.measure import peak_bytes, relative_error, timed_in_turn
 from runtime.cli import parse_described
 from runtime.distributed import choose_device
 from runtime.guards import run_program
-from runtime.log import say
+from runtime.terminal import say
 from sp import SimPool
 
 CASES = {"tokens 64 x 196 x 384": ((64, 196, 384), 1.25), "maps 64 x 2048 x 7 x 7": ((64, 2048, 7, 7), 2.0)}

@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.measure import timed_in_turn
 from runtime.cli import parse_described
 from runtime.guards import EXIT_BAD_INPUT, EXIT_DONE, run_program
-from runtime.log import say
+from runtime.terminal import say
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = {

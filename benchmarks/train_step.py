@@ -29,12 +29,12 @@ import main_dino
 from benchmarks.measure import run_apart, timed_in_turn
 from benchmarks.plain_step import PARTS, PlainStep
 from data.datasets import open_images
-from data.loader import CropBatch, TrainSet
+from data.train_set import CropBatch, TrainSet
 from runtime import hardware
 from runtime.cli import bool_flag, parse_described
 from runtime.distributed import choose_device
 from runtime.guards import run_program
-from runtime.log import say
+from runtime.terminal import say
 
 CHECKED_STEPS = 3
 APART = "plain, system's allocator"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from data.decode import BadImage
-from data.loader import CropBatch
 from data.source import ImageSource
+from data.train_set import CropBatch
 from runtime.distributed import all_gather_objects
 from runtime.guards import InputError
 

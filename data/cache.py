@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.log import say
+from runtime.terminal import say
 
 _FORMAT = 1  # raise it when the arrays' meaning changes
 _SETTLED_NS = 2_000_000_000  # a folder that changed less than 2 s ago may change again within one tick of its clock

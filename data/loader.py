@@ -1,9 +1,4 @@
-"""DataLoader wiring: which worker makes which batch, and how batches reach the training loop.
-
-A worker makes a whole batch at a time and writes each crop straight into the batch's memory, which the training process
-shares: nothing is stacked or copied on the way. What a batch holds is a function of the seed and of its (epoch, index)
-pairs alone.
-"""
+"""DataLoader wiring: which worker makes which batch, and how batches reach the training loop."""
 
 from __future__ import annotations
 
@@ -17,86 +12,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
-from data.augment import CropSpec, MultiCrop, as_batch, colour_parameters, crop_memory, resize
+from data.augment import CropSpec
 from data.colour import IMAGENET_MEAN, IMAGENET_STD
-from data.decode import BadImage
-from data.draws import SUBSTITUTE, raw_words
+from data.eval_set import EvalSet
 from data.sampler import TrainSampler
 from data.source import ImageSource
+from data.train_set import CropBatch, TrainSet
 from runtime.guards import InputError, RunStopped
-
-ON_BAD_IMAGE = ("substitute", "raise")
-_SUBSTITUTES = 20  # files tried in place of a bad one before giving up
-
-
-class CropBatch(NamedTuple):
-    """One micro-batch of crops before colour.
-
-    crops: per resolution uint8 (V, B, C, S, S); colour: per resolution float32 (V, B, P) parameters, always in host
-    memory; index: (B,) int64, the images asked for; bad: (B,) bool, true where a file could not be used and another
-    image stands in.
-    """
-
-    crops: list[torch.Tensor]
-    colour: list[torch.Tensor]
-    index: torch.Tensor
-    bad: torch.Tensor
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> CropBatch:
-        """The batch with its crops on `device`. The rest stays: the host reads it to plan the colour stage."""
-        crops = [c.to(device, non_blocking=non_blocking) for c in self.crops]
-        return self._replace(crops=crops)
-
-
-class TrainSet(Dataset):
-    """(epoch, index) pairs -> `CropBatch`."""
-
-    def __init__(self, source: ImageSource, spec: CropSpec, seed: int, on_bad_image: str = "substitute"):
-        if on_bad_image not in ON_BAD_IMAGE:
-            raise InputError(f"--on_bad_image {on_bad_image}: choose from {', '.join(ON_BAD_IMAGE)}")
-        if source.in_chans != spec.in_chans:
-            raise InputError(
-                f"the images have {source.in_chans} channels and the crops {spec.in_chans}: see --in_chans"
-            )
-        self.source, self.spec, self.seed, self.on_bad_image = source, spec, seed, on_bad_image
-        self._multicrop = MultiCrop(spec)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitems__(self, pairs: Sequence[tuple[int, int]]) -> CropBatch:
-        """All crops of one micro-batch."""
-        count, channels, shared = len(pairs), self.spec.in_chans, get_worker_info() is not None
-        crops = [crop_memory(v, count, channels, s, shared) for v, s in self.spec.resolutions]
-        bad = torch.zeros(count, dtype=torch.bool)
-        draws = np.stack([self._multicrop.draws(self.seed, epoch, index) for epoch, index in pairs])
-        targets = zip(*[view.unbind(0) for c in crops for view in c.unbind(0)], strict=True)  # per image, V crops
-        for b, ((epoch, index), out) in enumerate(zip(pairs, targets, strict=True)):
-            bad[b] = self._cut_or_substitute(epoch, index, draws[b], out)
-        index = torch.tensor([i for _, i in pairs], dtype=torch.int64)
-        return CropBatch(crops, colour_parameters(draws, self.spec), index, bad)
-
-    def _cut_or_substitute(self, epoch: int, index: int, draws: np.ndarray, out: Sequence[torch.Tensor]) -> bool:
-        """Cut the crops of image `index`, or of a substitute where it is bad; true in the second case."""
-        try:
-            self._multicrop.cut(self.source.open(index), draws, out)
-            return False
-        except BadImage as error:
-            if self.on_bad_image == "raise":
-                raise InputError(f"{self.source.name(index)} {error} (--on_bad_image raise)") from error
-        words = raw_words(_SUBSTITUTES, self.seed, SUBSTITUTE, epoch, index)
-        for other in (words % np.uint64(len(self.source))).astype(np.int64):
-            try:
-                self._multicrop.cut(self.source.open(int(other)), draws, out)
-                return True
-            except BadImage:
-                continue
-        raise InputError(
-            f"{self.source.name(index)} can't be used, nor {_SUBSTITUTES} images tried in its place: most of "
-            f"{self.source.where} seems broken; python -m tools.check_images lists what is wrong"
-        )
 
 
 def build_train_loader(
@@ -141,43 +65,6 @@ def ahead_on_device(batches: Iterable[CropBatch], device: torch.device) -> Itera
 
 
 # ---- evaluation ----
-
-
-class EvalSet(Dataset):
-    """Indices -> (uint8 images (B, C, S, S), index (B,)): the shorter side to `resize_to`, then the central square."""
-
-    def __init__(self, source: ImageSource, img_size: int, resize_to: int):
-        if resize_to < img_size:
-            raise InputError(
-                f"images are resized to {resize_to} pixels and then cropped to {img_size}: larger than that"
-            )
-        self.source, self.img_size, self.resize_to = source, img_size, resize_to
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        images = crop_memory(1, len(indices), self.source.in_chans, self.img_size, get_worker_info() is not None)[0]
-        for b, index in enumerate(indices):
-            try:
-                picture = self.source.open(index)
-                images[b] = central_square(picture, self.img_size, self.resize_to)
-            except BadImage as error:
-                raise InputError(
-                    f"{self.source.name(index)} {error}: an evaluation leaves no image out; mend or remove it "
-                    "(python -m tools.check_images lists all such files)"
-                ) from error
-        return images, torch.tensor(indices, dtype=torch.int64)
-
-
-def central_square(picture, img_size: int, resize_to: int) -> torch.Tensor:
-    """Resize the shorter side to `resize_to`, bicubic, and cut the central square: (C, img_size, img_size) uint8."""
-    short = min(picture.height, picture.width)
-    height, width = (int(resize_to * side / short) for side in (picture.height, picture.width))
-    shrink = max(s for s in (1, 2, 4, 8) if s == 1 or short >= 2 * s * resize_to)
-    image = resize(as_batch(picture.pixels(shrink)), height, width)[0]
-    top, left = round((height - img_size) / 2), round((width - img_size) / 2)
-    return image[:, top : top + img_size, left : left + img_size]
 
 
 def build_eval_loader(

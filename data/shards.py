@@ -25,7 +25,7 @@ from data.decode import IMAGE_SUFFIXES, BadImage
 from data.source import ImageSource, PackedStrings, labels_from_words
 from runtime.distributed import on_main_process
 from runtime.guards import InputError
-from runtime.log import progress
+from runtime.progress import progress
 
 _LABEL_SUFFIXES = ("cls", "cls.txt")
 _OPEN_SHARDS = 64  # file handles that a process keeps; a process may usually hold 1,024

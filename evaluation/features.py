@@ -11,11 +11,7 @@ Letters: N images, D width.
 from __future__ import annotations
 
 import contextlib
-import csv
-import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,13 +24,10 @@ from data.datasets import check_same_classes
 from data.loader import build_eval_loader, normalize
 from data.sampler import shard_for_eval
 from data.source import ImageSource
-from runtime.checkpoint import write_atomic, write_json_atomic
 from runtime.distributed import get_rank, get_world_size
 from runtime.guards import InputError
-from runtime.log import progress, say
+from runtime.progress import progress
 
-TENSOR_FILES = ("trainfeat.pth", "testfeat.pth", "trainlabels.pth", "testlabels.pth")
-DESCRIPTION_FILE = "features.json"
 GATHER_BYTES = 64 << 20  # a share travels between ranks in pieces of this size
 
 
@@ -181,130 +174,9 @@ def require_labels(train: ImageSource, val: ImageSource) -> None:
         )
 
 
-# ---- storage --------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class FeatureSet:
-    """L2-normalised features and labels of a training and a test set, and what made them."""
-
-    train_features: Tensor  # (n, D)
-    test_features: Tensor  # (q, D)
-    train_labels: Tensor  # (n,) int64
-    test_labels: Tensor  # (q,) int64
-    description: dict[str, Any]
-
-
 def normalize_rows_(features: Tensor) -> Tensor:
     """Give the rows unit length, in place (a copy of a large training set may not fit); computed in fp32."""
     for start in range(0, len(features), 65536):
         block = features[start : start + 65536]
         block.copy_(F.normalize(block.float(), dim=1))
     return features
-
-
-def dump_features(folder: str | Path, features: FeatureSet) -> None:
-    """Write the four tensors under the published names, and features.json, which says what made them."""
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--dump_features {folder} can't be created ({error.strerror}): give another folder") from None
-    tensors = (features.train_features, features.test_features, features.train_labels, features.test_labels)
-    (folder / DESCRIPTION_FILE).unlink(missing_ok=True)  # never beside tensors that it does not describe
-    for name, tensor in zip(TENSOR_FILES, tensors, strict=True):
-        write_atomic(folder / name, lambda path, tensor=tensor: torch.save(tensor.cpu(), path))
-    shapes = {"train_shape": list(tensors[0].shape), "test_shape": list(tensors[1].shape)}
-    write_json_atomic(folder / DESCRIPTION_FILE, {**features.description, **shapes})
-
-
-def load_features(folder: str | Path, expected: dict[str, Any]) -> FeatureSet:
-    """Read what `dump_features`, or the published code, wrote.
-
-    expected: entries that the description must agree on (checkpoint hash, data fingerprints, ...); None is not
-    compared. Raises InputError where a file is missing or damaged, tensors do not fit each other, or the features are
-    those of another checkpoint or other images. Files without a description are used with a message that says so.
-    """
-    folder = Path(folder)
-    tensors = [_read_tensor(folder / name) for name in TENSOR_FILES]
-    train, test, train_labels, test_labels = tensors
-    for name, features, labels in (("train", train, train_labels), ("test", test, test_labels)):
-        if features.ndim != 2 or labels.ndim != 1 or len(features) != len(labels):
-            raise InputError(
-                f"{folder}: {name} features {tuple(features.shape)} and labels {tuple(labels.shape)} do not belong "
-                "together; dump them again with --dump_features"
-            )
-    description_file = folder / DESCRIPTION_FILE
-    if not description_file.is_file():
-        say(f"{folder} has no {DESCRIPTION_FILE}: these features cannot be checked against a checkpoint or data set")
-        return FeatureSet(train, test, train_labels.long(), test_labels.long(), {})
-    description = json.loads(description_file.read_text())
-    if description.get("train_shape") != list(train.shape) or description.get("test_shape") != list(test.shape):
-        raise InputError(f"{folder}: {DESCRIPTION_FILE} describes other tensors; dump them again with --dump_features")
-    for key, value in expected.items():
-        if value is not None and description.get(key) != value:
-            raise InputError(
-                f"the features in {folder} were made with {key} {description.get(key)!r}, but this run has {value!r}: "
-                "give the checkpoint, settings and data that made them, or leave out --load_features"
-            )
-    return FeatureSet(train, test, train_labels.long(), test_labels.long(), description)
-
-
-def _read_tensor(path: Path) -> Tensor:
-    if not path.is_file():
-        raise InputError(f"{path} does not exist: --load_features takes a folder that --dump_features wrote")
-    try:
-        tensor = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damage takes many forms inside torch's reader
-        raise InputError(f"{path} can't be read ({type(error).__name__}): dump the features again") from error
-    if not isinstance(tensor, Tensor):
-        raise InputError(f"{path} holds a {type(tensor).__name__}, not a tensor: dump the features again")
-    return tensor
-
-
-def write_embeddings(
-    path: str | Path, features: Tensor, source: ImageSource, description: dict[str, Any]
-) -> list[Path]:
-    """Features with the names of their images: one .npz, or an .npy with a .csv of names beside it; returns the files.
-
-    .npz: `features` (N, D), `names` (N,), `labels` (N,) where there are any, `description` (JSON text).
-    .csv: columns index, name and, where there are any, label and class; the description lies beside it as .json.
-    """
-    path = Path(path)
-    if path.suffix not in (".npz", ".npy"):
-        raise InputError(f"--embed {path}: the file must end in .npz, or in .npy (names then go to a .csv beside it)")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--embed {path} can't be written ({error.strerror}): give another folder") from None
-    array = features.numpy()
-    names = [source.name(i) for i in range(len(source))]
-    if path.suffix == ".npz":
-        columns = {"features": array, "names": np.array(names), "description": np.array(json.dumps(description))}
-        if source.labels is not None:
-            columns["labels"] = source.labels
-
-        def write_npz(temporary: Path) -> None:
-            with open(temporary, "wb") as file:
-                np.savez(file, **columns)
-
-        write_atomic(path, write_npz)
-        return [path]
-
-    def write_npy(temporary: Path) -> None:
-        with open(temporary, "wb") as file:
-            np.save(file, array)
-
-    def write_names(temporary: Path) -> None:
-        with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            writer = csv.writer(file)
-            labels = source.labels
-            writer.writerow(["index", "name"] + (["label", "class"] if labels is not None else []))
-            for i, name in enumerate(names):
-                row = [i, name] + ([int(labels[i]), source.classes[labels[i]]] if labels is not None else [])
-                writer.writerow(row)
-
-    write_atomic(path, write_npy)
-    write_atomic(path.with_suffix(".csv"), write_names)
-    write_json_atomic(path.with_suffix(".json"), description)
-    return [path, path.with_suffix(".csv"), path.with_suffix(".json")]

@@ -19,116 +19,18 @@ Letters: n training images, q queries, D width, k neighbours, C classes.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
-from data.sampler import shard_for_eval
 from evaluation import features
+from evaluation.neighbours import CHUNK_BYTES, Neighbours, merge_ranks, nearest
 from runtime.distributed import all_gather_objects, get_rank, get_world_size, is_dist_avail_and_initialized
-from runtime.guards import InputError
-from runtime.log import say
-
-CHUNK_BYTES = 128 << 20  # bound of each large temporary: a block of training features, a chunk of similarities
-LOW_SHOT_STARTS = {1: (0, 5, 10, 15, 20), 5: (0, 5, 10, 15, 20), 10: (0, 10, 20, 30, 40), 20: (0, 20, 40, 60, 80)}
+from runtime.terminal import say
 
 Accuracies = dict[tuple[int, float], tuple[float, float]]
-
-
-class Neighbours(NamedTuple):
-    """The k nearest training images of each query, nearest first."""
-
-    similarity: Tensor  # (q, k) float32; -inf where a shard had fewer than k images
-    label: Tensor  # (q, k) int64
-
-
-@functools.cache
-def fastest_exact_precision(device_type: str) -> str:
-    """The fastest float32 matmul setting whose products have fp32-level error here.
-
-    "medium" takes another CPU library, about twice as fast and as exact, except on processors with AMX, where it
-    multiplies in bf16 (measured error 6e-4 on unit vectors, which reorders neighbours). TF32 on a GPU does likewise.
-    """
-    if device_type != "cpu":
-        return "highest"
-    generator = torch.Generator().manual_seed(0)
-    a = F.normalize(torch.randn(64, 384, generator=generator), dim=1)
-    b = F.normalize(torch.randn(512, 384, generator=generator), dim=1)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        error = (a @ b.T - a.double() @ b.double().T).abs().max().item()
-    finally:
-        torch.set_float32_matmul_precision(before)
-    return "medium" if error < 2e-6 else "highest"
-
-
-@contextlib.contextmanager
-def exact_fp32_matmul(device: torch.device) -> Iterator[None]:
-    """Inside, float32 products have float32's error, whatever faster setting the program runs under."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(fastest_exact_precision(device.type))
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def row_topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`values.topk(k)` along the rows of a matrix. On CPU in two stages: half the time for wide rows.
-
-    Columns fall into groups of m. The k largest entries lie in at most k groups, and these are among the k groups of
-    largest maxima; so only k·m entries are ranked.
-    """
-    m = 16
-    width = values.shape[1]
-    groups = width // m
-    if values.device.type != "cpu" or groups < 2 * k:
-        return values.topk(k)
-    best = values[:, : groups * m].unflatten(1, (m, groups)).amax(1).topk(k, sorted=False).indices  # (rows, k)
-    columns = (best[:, None, :] + groups * torch.arange(m)[:, None]).flatten(1)  # (rows, m * k)
-    if groups * m < width:
-        columns = torch.cat([columns, torch.arange(groups * m, width).expand(len(values), -1)], dim=1)
-    top, index = values.gather(1, columns).topk(k)
-    return top, columns.gather(1, index)
-
-
-def nearest(
-    train_features: Tensor, train_labels: Tensor, queries: Tensor, k: int, chunk_bytes: int = CHUNK_BYTES
-) -> Neighbours:
-    """The k nearest of `train_features` (n, D) for each of `queries` (q, D), in fp32 from fp32 or fp16 storage.
-
-    Training features pass once, block by block; for each block the queries pass chunk by chunk, and the best k so far
-    are kept. Work is done on the device of the queries. With n < k the missing neighbours have similarity -inf.
-    """
-    n, dim = train_features.shape
-    q, device = len(queries), queries.device
-    similarity = torch.full((q, k), -torch.inf, device=device)
-    label = torch.zeros((q, k), dtype=torch.int64, device=device)
-    block = max(1, min(n, chunk_bytes // (4 * dim)))
-    rows = max(1, min(q, chunk_bytes // (4 * block)))
-    with exact_fp32_matmul(device):
-        for start in range(0, n, block):
-            keys = train_features[start : start + block].to(device, torch.float32)
-            key_labels = train_labels[start : start + block].to(device)
-            for first in range(0, q, rows):
-                chunk = slice(first, first + rows)
-                found, index = row_topk(queries[chunk].float() @ keys.T, min(k, len(keys)))  # (rows, k)
-                found_labels = key_labels[index]
-                if start:  # merge with the blocks before
-                    found = torch.cat([similarity[chunk], found], dim=1)
-                    found_labels = torch.cat([label[chunk], found_labels], dim=1)
-                    found, index = found.topk(min(k, found.shape[1]))
-                    found_labels = found_labels.gather(1, index)
-                similarity[chunk, : found.shape[1]] = found
-                label[chunk, : found.shape[1]] = found_labels
-    return Neighbours(similarity, label)
 
 
 def count_hits(
@@ -233,7 +135,7 @@ def knn_accuracies(
     for i, chunk in enumerate(_chunks(len(targets), _vote_rows(num_classes, max(ks), chunk_bytes))):
         part = Neighbours(neighbours.similarity[chunk], neighbours.label[chunk])
         if sharded:
-            part = _merge_ranks(part)
+            part = merge_ranks(part)
             if i % get_world_size() != get_rank():  # the ranks share the counting of votes
                 continue
         hits += count_hits(part, targets[chunk], ks, temperatures, num_classes)
@@ -244,18 +146,6 @@ def knn_accuracies(
     return {
         (k, temperature): tuple(percent[i][t]) for i, k in enumerate(ks) for t, temperature in enumerate(temperatures)
     }
-
-
-def _merge_ranks(part: Neighbours) -> Neighbours:
-    """The k nearest over all ranks' shards of the training set, from each rank's own k nearest."""
-    k = part.similarity.shape[1]
-    gathered = []
-    for tensor in part:
-        pieces = [torch.empty_like(tensor) for _ in range(get_world_size())]
-        dist.all_gather(pieces, tensor.contiguous())
-        gathered.append(torch.cat(pieces, dim=1))  # (rows, k * world)
-    similarity, index = gathered[0].topk(k)
-    return Neighbours(similarity, gathered[1].gather(1, index))
 
 
 def knn_classifier(
@@ -276,86 +166,6 @@ def knn_classifier(
     results = knn_accuracies(train_features, train_labels, test_features, test_labels, ks, [T], num_classes)
     by_k = {key[0]: value for key, value in results.items()}
     return next(iter(by_k.values())) if isinstance(k, int) else by_k
-
-
-def low_shot_indices(
-    labels: Tensor | np.ndarray, nu: int, start: int | None, seed: int = 0, classes: Sequence[str] | None = None
-) -> Tensor:
-    """Indices of `nu` images of each class: those from `start` in file order, or, with start None, a seeded draw.
-
-    Raises InputError naming the first class that has too few images.
-    """
-    labels = np.asarray(labels)
-    rng = np.random.default_rng([seed, nu])
-    chosen = []
-    for c in range(int(labels.max()) + 1):
-        members = np.flatnonzero(labels == c)
-        needed = nu if start is None else start + nu
-        if len(members) < needed:
-            name = f"{classes[c]!r}" if classes else str(c)
-            remedy = "lower --low_shot" if len(members) < nu else "lower --low_shot or take --low_shot_draw random"
-            raise InputError(
-                f"class {name} has {len(members)} training images; nu = {nu}"
-                + (f" from image {start} on" if start else "")
-                + f" needs {needed}: {remedy}"
-            )
-        chosen.append(rng.choice(members, nu, replace=False) if start is None else members[start : start + nu])
-    return torch.from_numpy(np.sort(np.concatenate(chosen)))
-
-
-def low_shot_knn(
-    train_features: Tensor,
-    train_labels: Tensor,
-    test_features: Tensor,
-    test_labels: Tensor,
-    nus: Sequence[int] = (1, 5, 10, 20),
-    T: float = 0.07,
-    draw: str = "files",
-    runs: int = 5,
-    seed: int = 0,
-    classes: Sequence[str] | None = None,
-    *,
-    sharded: bool = False,
-) -> dict[int, dict]:
-    """Low-shot k-NN: nu training images per class, k = 1 for nu = 1 and 20 otherwise, mean top-1 over 5 runs.
-
-    `draw` "files" follows AttMask: file order from the starts of LOW_SHOT_STARTS (other nu: 0, nu, 2 nu ...);
-    "random": seeded draws, run r from seed + r. Returns {nu: {"k", "runs": [top-1 ...], "mean", "std"}}, the sample
-    standard deviation over the runs.
-    `sharded`: every rank calls with all features, classifies its share of the queries, and gets the same answer.
-    """
-    if draw not in ("files", "random"):
-        raise ValueError(f"low-shot draw must be 'files' or 'random', got {draw!r}")
-    world = get_world_size() if sharded else 1
-    share = shard_for_eval(len(test_labels), get_rank() if sharded else 0, world)
-    mine = slice(share[0], share[-1] + 1) if len(share) else slice(0)
-    hits: dict[int, list[int]] = {}
-    for nu in nus:
-        if nu < 1:
-            raise ValueError(f"low-shot k-NN needs at least one image per class, got nu = {nu}")
-        starts = LOW_SHOT_STARTS.get(nu, tuple(nu * r for r in range(runs)))
-        hits[nu] = []
-        for run in range(runs if draw == "random" else len(starts)):
-            start = None if draw == "random" else starts[run]
-            index = low_shot_indices(train_labels, nu, start, seed + run, classes)
-            if len(share):
-                part = (test_features[mine], test_labels[mine])
-                k = min(_low_shot_k(nu), len(index))
-                top1, _ = knn_classifier(train_features[index], train_labels[index], *part, k, T)
-                hits[nu].append(round(top1 * len(share) / 100))
-            else:  # more ranks than queries
-                hits[nu].append(0)
-    results = {}
-    everywhere = all_gather_objects(hits) if world > 1 else [hits]
-    for nu in nus:
-        top1 = (100 * np.sum([of_rank[nu] for of_rank in everywhere], axis=0) / len(test_labels)).tolist()
-        spread = float(np.std(top1, ddof=1))
-        results[nu] = {"k": _low_shot_k(nu), "runs": top1, "mean": float(np.mean(top1)), "std": spread}
-    return results
-
-
-def _low_shot_k(nu: int) -> int:
-    return 1 if nu == 1 else 20
 
 
 def evaluate(

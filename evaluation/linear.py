@@ -21,14 +21,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from runtime.guards import InputError
+from evaluation.forms import Form
 
 # Base learning rates of the default sweep, per 256 images: the published base rate is 1e-3, ResNet-50 needs about 0.3.
 DEFAULT_LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
@@ -49,63 +48,6 @@ class LinearClassifier(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, D) or (B, D, ...) -> (B, num_labels)."""
         return self.linear(x.flatten(1))
-
-
-# ---- what a head sees -----------------------------------------------------------------------------------------------
-
-
-class Form(NamedTuple):
-    """One form of a model's features: [CLS] of the last n blocks, with or without the mean patch token.
-
-    n = 1 without it is the model's own feature, for any model.
-    """
-
-    n: int = 1
-    avgpool: bool = False
-
-    @property
-    def name(self) -> str:
-        return f"{self.n} block{'s' if self.n > 1 else ''}{' + mean patch' if self.avgpool else ''}"
-
-
-def has_cls_token(model: nn.Module) -> bool:
-    """Whether the model gives [CLS] and patch tokens of its last blocks (official ViTs of ours)."""
-    return hasattr(model, "get_intermediate_layers") and getattr(model, "cls_token", None) is not None
-
-
-def default_forms(model: nn.Module) -> list[Form]:
-    """The published choice: [CLS] of 4 blocks for an official ViT, of 1 and the mean patch for its base size."""
-    if not has_cls_token(model):
-        return [Form()]
-    return [Form(1, True)] if model.num_features >= 768 else [Form(min(4, len(model.blocks)))]
-
-
-def probe_features(model: nn.Module, images: Tensor, forms: Sequence[Form]) -> list[Tensor]:
-    """One (B, D) tensor per form, from one pass of the model over (B, C, H, W).
-
-    Raises ValueError for a form that the model does not have.
-    """
-    if not has_cls_token(model):
-        if any(form != Form() for form in forms):
-            raise ValueError(
-                f"{type(model).__name__} without a [CLS] token has one feature per image: give n_last_blocks 1 and "
-                "avgpool_patchtokens false"
-            )
-        return [model(images)] * len(forms)
-    deepest = max(form.n for form in forms)
-    if deepest > len(model.blocks):
-        raise ValueError(f"n_last_blocks {deepest} exceeds the {len(model.blocks)} blocks of the model")
-    layers = model.get_intermediate_layers(images, deepest)  # normed tokens, the last block at the end
-    features = []
-    for form in forms:
-        parts = [tokens[:, 0] for tokens in layers[-form.n :]]
-        if form.avgpool:
-            parts.append(layers[-1][:, 1:].mean(dim=1))
-        features.append(torch.cat(parts, dim=1))
-    return features
-
-
-# ---- heads ----------------------------------------------------------------------------------------------------------
 
 
 class HeadGroup:
@@ -205,6 +147,7 @@ class Probe:
     ):
         peaks = [lr * global_batch / 256.0 for lr in lrs]
         self.groups = [HeadGroup(dim, num_classes, peaks, device, seed) for dim in dims]
+        self.forms = list(forms)
         self.heads = [Head(form, lr) for form in forms for lr in lrs]
         self.num_classes = num_classes
 
@@ -240,9 +183,6 @@ class Probe:
         return self.groups[head // per_group].classifier(head % per_group)
 
 
-# ---- the held-out part ----------------------------------------------------------------------------------------------
-
-
 def split_train(labels: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """(indices to train on, indices held out to choose the head by): a tenth of each class, at most 50,000 in all.
 
@@ -257,74 +197,3 @@ def split_train(labels: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarr
             held_out.append(rng.permutation(members)[: max(1, round(part * len(members)))])
     held_out = np.sort(np.concatenate(held_out)) if held_out else np.zeros(0, dtype=np.int64)
     return np.setdiff1d(np.arange(len(labels)), held_out), held_out
-
-
-# ---- logistic regression --------------------------------------------------------------------------------------------
-
-
-def logistic_regression(
-    train_features: Tensor,
-    train_labels: Tensor,
-    test_features: Tensor,
-    test_labels: Tensor,
-    penalties: Sequence[float] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2),
-    num_classes: int | None = None,
-    max_iterations: int = 100,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Multinomial logistic regression on cached features by L-BFGS: an answer in seconds, without augmentation.
-
-    Minimises mean cross entropy + penalty/2 * |W|^2 on standardised features, warm-started from the strongest penalty
-    to the weakest. The penalty is chosen on a held-out tenth of train, and then fitted on all of it. Returns
-    {"top1", "top5", "penalty", "held_out": {penalty: top-1}}, percent.
-    """
-    labels = train_labels.to(train_features.device, torch.int64)
-    if num_classes is None:
-        num_classes = int(max(labels.max(), test_labels.max())) + 1
-    std, mean = torch.std_mean(train_features.float(), dim=0)
-    std = std.clamp_min(1e-6 * std.max())
-
-    def standardise(x: Tensor) -> Tensor:
-        return (x.float() - mean) / std
-
-    train = standardise(train_features)
-    keep, held_out = (torch.from_numpy(part).to(train.device) for part in split_train(labels.cpu().numpy(), seed))
-    if not len(held_out):
-        raise InputError("logistic regression chooses its penalty on held-out images, but every class has only one")
-    scores: dict[float, float] = {}
-    start: Tensor | None = None
-    for penalty in sorted(penalties, reverse=True):
-        start = fit_logistic(train[keep], labels[keep], penalty, num_classes, max_iterations, start)
-        scores[penalty] = _top(train[held_out], labels[held_out], start)[0]
-    best = max(sorted(penalties, reverse=True), key=scores.__getitem__)
-    weight = fit_logistic(train, labels, best, num_classes, max_iterations)
-    top1, top5 = _top(standardise(test_features.to(train.device)), test_labels.to(train.device), weight)
-    return {"top1": top1, "top5": top5, "penalty": best, "held_out": scores}
-
-
-def fit_logistic(
-    x: Tensor, target: Tensor, penalty: float, num_classes: int, max_iterations: int = 100, start: Tensor | None = None
-) -> Tensor:
-    """Weights (C, D + 1), bias last, that minimise mean cross entropy + penalty/2 * |W|^2 (the bias is free)."""
-    dim = x.shape[1]
-    weight = torch.zeros(num_classes, dim + 1, device=x.device) if start is None else start.clone()
-    weight.requires_grad_(True)
-    optimizer = torch.optim.LBFGS(
-        [weight], max_iter=max_iterations, history_size=10, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
-    )
-
-    def objective() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(F.linear(x, weight[:, :dim], weight[:, dim]), target)
-        loss = loss + 0.5 * penalty * weight[:, :dim].square().sum()
-        loss.backward()
-        return loss
-
-    with torch.enable_grad():
-        optimizer.step(objective)
-    return weight.detach()
-
-
-def _top(x: Tensor, target: Tensor, weight: Tensor) -> tuple[float, float]:
-    ranked = F.linear(x, weight[:, :-1], weight[:, -1]).topk(min(5, len(weight))).indices == target[:, None]
-    return 100.0 * ranked[:, 0].float().mean().item(), 100.0 * ranked.any(1).float().mean().item()

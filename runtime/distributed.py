@@ -379,7 +379,7 @@ def reduce_dict(input_dict: dict[str, torch.Tensor], average: bool = True) -> di
 def setup_for_distributed(is_master: bool) -> None:
     """Silence `print` on all ranks but the master, unless `force=True` (for scripts written against DINO).
 
-    The programs here do not use it: they print through `runtime.log.say`.
+    The programs here do not use it: they print through `runtime.terminal.say`.
     """
     original = builtins.print
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from runtime.distributed import get_world_size
 from runtime.guards import InputError
 
 AMP_CHOICES = ("auto", "none", "bf16", "fp16")
@@ -106,6 +107,12 @@ def product_error(precision: str, size: int = 512) -> float:
         return ((a @ b - exact).abs().max() / exact.abs().max()).item()
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def device_line(device: torch.device) -> str:
+    """What computes: the device's name, and how many processes share the work."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    return f"{device.type} ({name}), {get_world_size()} process(es), torch {torch.__version__}"
 
 
 def keep_freed_memory() -> bool:

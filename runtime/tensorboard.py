@@ -18,7 +18,7 @@ from pathlib import Path
 
 from runtime.checkpoint import append_bytes
 from runtime.distributed import is_main_process
-from runtime.log import say
+from runtime.terminal import say
 
 _MOST_WAITING = 100_000  # events kept while the disk fails; about 30 MB
 _files = itertools.count()  # several boards of one process within one second

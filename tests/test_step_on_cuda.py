@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 import main_dino
 import vision_transformer
 from data.datasets import open_images
-from data.loader import CropBatch, TrainSet
+from data.train_set import CropBatch, TrainSet
 from tests.pretraining import FAMILIES, VIT
 
 CUDA = torch.device("cuda", 0)

@@ -21,7 +21,8 @@ from data.source import ImageSource
 from runtime.checkpoint import write_text_atomic
 from runtime.cli import add_flag, parse_described
 from runtime.guards import EXIT_DONE, EXIT_FAILED, run_program
-from runtime.log import progress, say
+from runtime.progress import progress
+from runtime.terminal import say
 
 _CHUNK = 32  # images that a worker reports on at a time
 

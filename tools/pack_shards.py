@@ -25,7 +25,8 @@ from data.source import ImageSource
 from runtime.checkpoint import write_text_atomic
 from runtime.cli import add_flag, parse_described
 from runtime.guards import EXIT_DONE, InputError, run_program
-from runtime.log import progress, say
+from runtime.progress import progress
+from runtime.terminal import say
 
 
 def pack(source: ImageSource, output: Path, prefix: str, per_shard: int) -> list[Path]:

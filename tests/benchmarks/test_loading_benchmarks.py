@@ -10,8 +10,10 @@ import torch
 from benchmarks import augmentation, eval_loading, file_list_memory
 from data.augment import ColourStage, CropSpec
 from data.datasets import open_images
-from data.loader import EvalSet, TrainSet, normalize
+from data.eval_set import EvalSet
+from data.loader import normalize
 from data.source import PackedStrings
+from data.train_set import TrainSet
 from runtime.reproduce import fix_random_seeds
 
 

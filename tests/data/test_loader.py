@@ -15,8 +15,9 @@ import torch
 from data.augment import ColourStage, CropSpec
 from data.bad_images import BadImages
 from data.datasets import open_images
-from data.loader import CropBatch, TrainSet, ahead_on_device, build_eval_loader, build_train_loader, normalize
+from data.loader import ahead_on_device, build_eval_loader, build_train_loader, normalize
 from data.sampler import TrainSampler
+from data.train_set import CropBatch, TrainSet
 from runtime.guards import InputError, RunStopped
 
 SPEC = CropSpec(global_size=32, local_size=16, local_number=2)

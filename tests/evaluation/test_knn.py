@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from evaluation import knn
-from runtime.guards import InputError
 from tests.reference import golden, tensor
 
 
@@ -54,15 +53,6 @@ def test_memory_chunks_do_not_change_the_result(data, chunk_bytes):
         *data[:2], *small, [10, 200], [0.07]
     )
     assert expected[(10, 0.07)][0] > 30
-
-
-@pytest.mark.parametrize(("width", "k"), [(5000, 7), (5003, 200), (300, 100), (10, 10)])
-def test_two_stage_ranking_equals_topk(width, k):
-    """Ranking by groups of columns finds the same values in the same order as torch.topk, at any width."""
-    values = tensor(3, (17, width))
-    ours, index = knn.row_topk(values, k)
-    assert torch.equal(ours, values.topk(k).values)
-    assert torch.equal(values.gather(1, index), ours)
 
 
 def test_fp16_storage_is_compared_in_fp32(data):
@@ -113,40 +103,6 @@ def test_features_that_do_not_fit_are_named(data, change, message):
     """Widths, lengths and labels that do not fit are errors that show the value."""
     with pytest.raises(ValueError, match=message):
         knn.knn_classifier(*change(data), 10, 0.07)
-
-
-def test_low_shot_takes_file_order_from_the_published_starts(data):
-    """nu = 5 from start 10 are the images 10 to 14 of each class, and five runs give their mean and spread."""
-    labels = data[1]
-    index = knn.low_shot_indices(labels, 5, 10)
-    for c in range(20):
-        assert index[labels[index] == c].tolist() == torch.where(labels == c)[0][10:15].tolist()
-    result = knn.low_shot_knn(*data, nus=(1, 5))
-    runs = []
-    for start in (0, 5, 10, 15, 20):
-        chosen = knn.low_shot_indices(labels, 5, start)
-        runs.append(knn.knn_classifier(data[0][chosen], labels[chosen], *data[2:], 20, 0.07)[0])
-    assert result[5]["runs"] == runs
-    assert result[5]["mean"] == pytest.approx(np.mean(runs))
-    assert result[1]["k"] == 1
-
-
-def test_low_shot_draws_depend_on_the_seed_alone(data):
-    """Random draws repeat for a seed, differ for another, and hold nu images of every class."""
-    first, again, other = (knn.low_shot_indices(data[1], 10, None, seed) for seed in (1, 1, 2))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    assert torch.bincount(data[1][first]).tolist() == [10] * 20
-
-
-def test_low_shot_names_the_class_with_too_few_images(data):
-    """A class with fewer than nu images is an error that names it."""
-    keep = (data[1] != 3) | (torch.cumsum(data[1] == 3, 0) <= 4)
-    names = [f"class{c}" for c in range(20)]
-    with pytest.raises(InputError, match="'class3' has 4 training images"):
-        knn.low_shot_indices(data[1][keep], 5, None, classes=names)
-    with pytest.raises(InputError, match="low_shot_draw random"):
-        knn.low_shot_indices(data[1][keep], 4, 10, classes=names)
 
 
 def test_accuracy_counts_hits_among_the_largest():

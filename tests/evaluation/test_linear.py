@@ -7,10 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import vision_transformer as vits
 from evaluation import linear
-from evaluation.linear import Form, HeadGroup, LinearClassifier, Probe
-from runtime.guards import InputError
+from evaluation.forms import Form
+from evaluation.linear import HeadGroup, LinearClassifier, Probe
 from tests.reference import tensor
 
 
@@ -85,36 +84,6 @@ def test_heads_are_ordered_by_form_then_rate_and_counted_apart():
     assert hits[1, 2].item() == pytest.approx(F.cross_entropy(logits, target, reduction="sum").item(), rel=1e-5)
 
 
-def tiny_vit(mode):
-    return vits.VisionTransformer(
-        mode=mode, img_size=[32], patch_size=8, embed_dim=12, depth=3, num_heads=2, qkv_bias=True
-    ).eval()
-
-
-def test_official_vit_features_are_cls_of_the_last_blocks():
-    """Form(n) is the normed [CLS] of the last n blocks side by side; with avgpool the mean patch token follows."""
-    model, images = tiny_vit("official"), tensor(1, (2, 3, 32, 32))
-    with torch.no_grad():
-        one, two, pooled = linear.probe_features(model, images, [Form(1), Form(2), Form(1, True)])
-        layers = model.get_intermediate_layers(images, 2)
-    assert torch.allclose(one, model(images), atol=1e-6)
-    assert torch.equal(two, torch.cat([tokens[:, 0] for tokens in layers], dim=1))
-    assert torch.equal(pooled[:, 12:], layers[-1][:, 1:].mean(1))
-
-
-def test_simpool_uses_its_own_feature_and_refuses_cls_forms():
-    """A SimPool model is probed on model(x); asking it for four blocks is an error that says what to give."""
-    model, images = tiny_vit("simpool"), tensor(1, (2, 3, 32, 32))
-    with torch.no_grad():
-        (feature,) = linear.probe_features(model, images, [Form()])
-        assert torch.equal(feature, model(images))
-    with pytest.raises(ValueError, match="n_last_blocks 1"):
-        linear.probe_features(model, images, [Form(4)])
-    assert linear.default_forms(model) == [Form()]
-    with pytest.raises(ValueError, match="exceeds the 3 blocks"):
-        linear.probe_features(tiny_vit("official"), images, [Form(4)])
-
-
 def test_the_held_out_part_is_a_tenth_of_each_class():
     """Held-out and kept images are disjoint, cover train, and every class is in both; one image stays in training."""
     labels = np.repeat(np.arange(4), [100, 50, 10, 1])
@@ -122,28 +91,3 @@ def test_the_held_out_part_is_a_tenth_of_each_class():
     assert sorted(np.concatenate([kept, held_out]).tolist()) == list(range(161))
     assert np.bincount(labels[held_out], minlength=4).tolist() == [10, 5, 1, 0]
     assert np.array_equal(held_out, linear.split_train(labels, seed=1)[1])
-
-
-def test_logistic_regression_reaches_the_optimum_of_its_objective():
-    """The fitted weights have a vanishing gradient, and beat the scikit-learn solution's objective to 1e-4."""
-    from sklearn.linear_model import LogisticRegression
-
-    x, target = next(batches(1, 400))
-    weight = linear.fit_logistic(x, target, 0.01, 5)
-    theirs = LogisticRegression(C=1 / (0.01 * len(x)), max_iter=1000, tol=1e-8).fit(x.numpy(), target.numpy())
-    other = torch.cat([torch.from_numpy(theirs.coef_), torch.from_numpy(theirs.intercept_)[:, None]], 1).float()
-
-    def objective(w):
-        return F.cross_entropy(F.linear(x, w[:, :-1], w[:, -1]), target) + 0.005 * w[:, :-1].square().sum()
-
-    assert objective(weight).item() == pytest.approx(objective(other).item(), rel=1e-4)
-
-
-def test_logistic_regression_chooses_its_penalty_without_the_test_set():
-    """The penalty is that of the best held-out score, and classes with one image each are an error."""
-    x, target = next(batches(1, 400))
-    result = linear.logistic_regression(x, target, x, target)
-    assert result["held_out"][result["penalty"]] == max(result["held_out"].values())
-    assert result["top1"] > 80
-    with pytest.raises(InputError, match="only one"):
-        linear.logistic_regression(x[:5], torch.arange(5), x, target)

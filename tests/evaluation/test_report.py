@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from evaluation import report
+from evaluation import plots, records, report
 from runtime.guards import InputError
 
 
@@ -38,22 +38,10 @@ def test_a_page_holds_curves_tables_and_configuration_in_itself(tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_titles_fit_their_panels(tmp_path, monkeypatch):
-    """With every panel there is, in three columns, no title is cut off or reaches into the next one."""
-    made, real = [], report.new_figure
-    monkeypatch.setattr(report, "new_figure", lambda *args: made.append(real(*args)) or made[-1])
-    keys = [key for _, lines, _ in report.PANELS for key, _ in lines]
-    report.plot_curves([{"epoch": epoch, **dict.fromkeys(keys, 1.0)} for epoch in range(3)], tmp_path / "curves.png")
-    ((figure, axes),) = made
-    figure.canvas.draw()  # saving measured at another resolution
-    for axis in axes.flat:
-        assert axis.title.get_window_extent().width < figure.bbox.width / axes.shape[1]
-
-
 def test_a_torn_line_and_missing_values_do_not_stop_a_report(tmp_path):
     """A log cut in the middle of a line, with nulls in it, is plotted as far as it goes."""
     (tmp_path / "log.txt").write_text('{"epoch": 0, "train_loss": null}\n{"epoch": 1, "train_loss": 3.0}\n{"epo')
-    assert report.series(report.read_log(tmp_path / "log.txt"), "train_loss") == ([1], [3.0])
+    assert plots.series(plots.read_log(tmp_path / "log.txt"), "train_loss") == ([1], [3.0])
     assert report.write_report(tmp_path).is_file()
 
 
@@ -63,16 +51,10 @@ def test_an_empty_folder_has_nothing_to_report(tmp_path):
         report.write_report(tmp_path)
 
 
-def test_tables_align_their_columns():
-    """Numbers have two decimals and end in one column under their header."""
-    lines = report.table(["head", "top-1"], [["a", 9.5], ["long name", 100.0]]).splitlines()
-    assert lines[2].index("9.50") + 4 == lines[3].index("100.00") + 6 == len(lines[0])
-
-
 def test_folders_that_cannot_be_written_are_refused(tmp_path):
     """An output folder below a file is an error that names it; without one, results lie beside the checkpoint."""
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="file"):
-        report.output_folder(tmp_path / "file" / "x", None)
-    assert report.output_folder(None, tmp_path / "checkpoint.pth") == tmp_path
+        records.output_folder(tmp_path / "file" / "x", None)
+    assert records.output_folder(None, tmp_path / "checkpoint.pth") == tmp_path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]

@@ -24,9 +24,9 @@ from distill.losses import DINOLoss
 from evaluation import features
 from runtime import preempt
 
-# Where a run writes to the disk: whole files, and in log.py these functions only (it also prints and counts).
+# Where a run writes to the disk: whole files, and of these files some functions only (they also print and count).
 _WRITERS = ("runtime/saver.py", "runtime/checkpoint.py", "runtime/lock.py")
-_FUNCTIONS = {"runtime/log.py": {"append", "cut_json_lines"}, "runtime/tensorboard.py": {"flush"}}
+_FUNCTIONS = {"runtime/json_log.py": {"append", "cut_json_lines"}, "runtime/tensorboard.py": {"flush"}}
 
 
 def _writes(code: CodeType) -> bool:

@@ -1,4 +1,4 @@
-"""What a run tells its user: lines on the terminal, meters, log.txt.
+"""Running means of what a loop measures (DINO's meters).
 
 Meters take 0-d tensors as they are and read them only when they are asked for a number, so that a training step on a
 GPU never waits for the host.
@@ -7,100 +7,18 @@ GPU never waits for the host.
 from __future__ import annotations
 
 import datetime
-import json
-import sys
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from runtime.checkpoint import append_bytes, finite_json, write_text_atomic
-from runtime.distributed import get_world_size, is_dist_avail_and_initialized, is_main_process
+from runtime.distributed import is_dist_avail_and_initialized
+from runtime.terminal import say
 
 T = TypeVar("T")
-
-
-def say(message: str = "") -> None:
-    """Print on rank 0, at once, without breaking a progress bar on the same terminal."""
-    if not is_main_process():
-        return
-    if sys.stdout.isatty() and "tqdm" in sys.modules:
-        sys.modules["tqdm"].tqdm.write(message)
-    else:
-        print(message, flush=True)
-
-
-class Progress(Iterable[T]):
-    """Iterate and show how far it is: a tqdm bar on a terminal, a plain line now and then in a log file.
-
-    Plain lines come after the first item, then at most once in `every_s` seconds, and at the end. Ranks other than 0
-    show nothing. `set_text` sets the numbers shown behind the count.
-    """
-
-    def __init__(
-        self,
-        iterable: Iterable[T],
-        total: int | None = None,
-        desc: str = "",
-        *,
-        start: int = 0,
-        every_s: float = 30.0,
-        unit: str = "it",
-    ) -> None:
-        self._iterable = iterable
-        self._total = total if total is not None else (len(iterable) if hasattr(iterable, "__len__") else None)
-        self._desc, self._start, self._every_s, self._unit = desc, start, every_s, unit
-        self._text = ""
-        self._bar: Any = None
-
-    def set_text(self, text: str) -> None:
-        """Numbers to show behind the count, from the next update on."""
-        self._text = text
-        if self._bar is not None:
-            self._bar.set_postfix_str(text, refresh=False)
-
-    def __iter__(self) -> Iterator[T]:
-        if not is_main_process():
-            return iter(self._iterable)
-        return self._with_bar() if sys.stderr.isatty() else self._with_lines()
-
-    def _with_bar(self) -> Iterator[T]:
-        from tqdm import tqdm
-
-        with tqdm(
-            self._iterable, self._desc, self._total, initial=self._start, unit=self._unit, dynamic_ncols=True
-        ) as bar:
-            self._bar = bar
-            yield from bar
-        self._bar = None
-
-    def _with_lines(self) -> Iterator[T]:
-        begin = shown = time.monotonic()
-        done = self._start
-        for item in self._iterable:
-            yield item
-            done += 1
-            now = time.monotonic()
-            first, last = done == self._start + 1, done == self._total
-            if first or last or now - shown >= self._every_s:
-                shown = now
-                print(self._line(done, now - begin), flush=True)
-
-    def _line(self, done: int, elapsed_s: float) -> str:
-        line = f"{self._desc} {done}" + (f"/{self._total}" if self._total else "")
-        if self._total and done < self._total and done > self._start:
-            left = elapsed_s / (done - self._start) * (self._total - done)
-            line += f"  eta {datetime.timedelta(seconds=int(left))}"
-        return line + (f"  {self._text}" if self._text else "")
-
-
-def progress(iterable: Iterable[T], total: int | None = None, desc: str = "", **kwargs: Any) -> Progress[T]:
-    """Shorthand for `Progress`, for loops that show only their count."""
-    return Progress(iterable, total, desc, **kwargs)
 
 
 class SmoothedValue:
@@ -261,57 +179,3 @@ class MetricLogger:
                 say(self.delimiter.join(part for part in parts if part))
             end = time.monotonic()
         say(f"{header} Total time: {datetime.timedelta(seconds=int(time.monotonic() - begin))}")
-
-
-def device_line(device: torch.device) -> str:
-    """What computes: the device's name, and how many processes share the work."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    return f"{device.type} ({name}), {get_world_size()} process(es), torch {torch.__version__}"
-
-
-# ------------------------------------------------------------------------------------------------ log.txt
-
-
-class JsonLog:
-    """A file of one JSON object a line, each durable when `append` returns.
-
-    A row that cannot be written now (disk full) waits in memory for the next one; its torn part is taken back, so that
-    every line of the file can be parsed at any time.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._waiting: list[dict[str, Any]] = []
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Write the row, or say why not and keep it for the next call."""
-        self._waiting.append(row)
-        try:
-            while self._waiting:
-                append_bytes(self._path, (json.dumps(finite_json(self._waiting[0])) + "\n").encode())
-                self._waiting.pop(0)
-        except OSError as error:
-            say(f"warning: {self._path} not written ({error}); {len(self._waiting)} row(s) wait for the next epoch")
-
-
-def cut_json_lines(path: Path, first_epoch: int) -> int:
-    """Drop rows of epochs from `first_epoch` on, which a resumed run writes again, and a line torn by a kill.
-
-    Returns the number of rows dropped. An epoch that stands twice keeps its first row.
-    """
-    if not path.exists():
-        return 0
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    kept: list[str] = []
-    seen: set[int] = set()
-    for line in lines:
-        try:
-            epoch = json.loads(line)["epoch"]
-        except (ValueError, KeyError, TypeError):
-            continue
-        if epoch < first_epoch and epoch not in seen:
-            seen.add(epoch)
-            kept.append(line)
-    if len(kept) != len(lines) or not path.read_bytes().endswith((b"\n", b"")):
-        write_text_atomic(path, "".join(line + "\n" for line in kept))
-    return len(lines) - len(kept)

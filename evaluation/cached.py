@@ -1,0 +1,72 @@
+"""Features that a linear head is validated on: of images seen without augmentation, computed once.
+
+Letters: N images, D width of one form of the features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from data.sampler import shard_for_eval
+from data.source import ImageSource
+from evaluation import features
+from evaluation.forms import Form, probe_features
+from evaluation.linear import Probe
+from runtime.distributed import get_rank, get_world_size
+
+
+@dataclass
+class Cached:
+    """Features of images that are seen without augmentation, computed once; this rank's share of them."""
+
+    features: list[Tensor]  # one (N_r, D) per form
+    labels: Tensor  # (N_r,)
+
+    def count(self, probe: Probe) -> Tensor:
+        """Per head, percent of hits at top-1 and top-5 and mean loss over all ranks' shares: (heads, 3)."""
+        device = probe.groups[0].weight.device
+        total = torch.zeros(len(probe.heads), 3, dtype=torch.float64)
+        rows = max(1, (256 << 20) // (4 * probe.num_classes * len(probe.groups[0].lrs)))
+        for start in range(0, len(self.labels), rows):
+            chunk = [x[start : start + rows].to(device) for x in self.features]
+            total += probe.count(chunk, self.labels[start : start + rows].to(device)).cpu()
+        everything = torch.cat([total.flatten(), torch.tensor([float(len(self.labels))], dtype=torch.float64)])
+        everything = everything.float().to(device)  # counts of images: exact up to 16 million
+        if get_world_size() > 1:
+            dist.all_reduce(everything)
+        everything = everything.double().cpu()
+        mean = everything[:-1].view_as(total) / everything[-1]
+        mean[:, :2] *= 100.0
+        mean[~mean[:, 2].isfinite(), :2] = 0.0  # a head that has diverged predicts nothing
+        return mean
+
+
+def cache(
+    model: nn.Module,
+    source: ImageSource,
+    forms: Sequence[Form],
+    widths: Sequence[int],
+    extraction: dict[str, Any],
+    desc: str,
+    indices: np.ndarray | None = None,
+) -> Cached:
+    """This rank's share of the features of `indices` (all: None) of a labelled source, for every form.
+
+    widths: of each form's features; extraction: the settings of `features.extract_shard`.
+    """
+    indices = np.arange(len(source)) if indices is None else indices
+    mine = indices[shard_for_eval(len(indices), get_rank(), get_world_size())]
+    joined, _ = features.extract_shard(
+        model, source, indices=mine, desc=desc,
+        forward=lambda images: torch.cat(probe_features(model, images, forms), dim=1),
+        **extraction,
+    )  # fmt: skip
+    parts = joined.split(list(widths), dim=1) if len(joined) else [joined.new_empty(0, width) for width in widths]
+    return Cached([part.contiguous() for part in parts], torch.from_numpy(source.labels[mine]))

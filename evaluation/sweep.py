@@ -1,0 +1,160 @@
+"""Training a sweep of linear heads: one epoch over all of them, and the record of a run that can be resumed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from data.loader import normalize
+from evaluation import plots, records
+from evaluation.forms import probe_features
+from evaluation.linear import Probe
+from runtime.checkpoint import read_checkpoint, save_on_master
+from runtime.distributed import barrier, get_world_size, is_main_process
+from runtime.guards import InputError, input_errors
+from runtime.json_log import JsonLog, cut_json_lines
+from runtime.progress import progress
+from runtime.terminal import say
+
+
+def train_epoch(
+    model: nn.Module,
+    probe: Probe,
+    loader: Iterable,
+    lr_scale: float,
+    device: torch.device,
+    amp_dtype: torch.dtype | None = None,
+    desc: str = "",
+) -> list[float]:
+    """One pass over the training images; returns each head's mean loss."""
+    total, steps = torch.zeros(len(probe.heads), device=device), 0
+    for images, target in progress(loader, len(loader), desc):
+        with torch.no_grad():
+            with torch.autocast(device.type, dtype=amp_dtype or torch.bfloat16, enabled=amp_dtype is not None):
+                batch = probe_features(model, normalize(images.to(device, non_blocking=True)), probe.forms)
+            batch, target = gather_batch([x.float() for x in batch], target.to(device, non_blocking=True))
+            total += probe.step(batch, target, lr_scale)
+        steps += 1
+    return (total / steps).tolist()
+
+
+def gather_batch(batch: list[Tensor], target: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The global batch on every rank, in the order of ranks: features per form and labels."""
+    world = get_world_size()
+    if world == 1:
+        return batch, target
+    widths = [x.shape[1] for x in batch]
+    joined = torch.cat(batch, dim=1)
+    pieces = [torch.empty_like(joined) for _ in range(world)]
+    dist.all_gather(pieces, joined)
+    targets = [torch.empty_like(target) for _ in range(world)]
+    dist.all_gather(targets, target)
+    return [part.contiguous() for part in torch.cat(pieces).split(widths, dim=1)], torch.cat(targets)
+
+
+class Sweep:
+    """A sweep's record: the best head so far, the numbers of the last validation, and the files."""
+
+    def __init__(self, folder: Path, probe: Probe, identity: dict[str, Any]):
+        self.folder, self.probe, self.identity = folder, probe, identity
+        self.best: dict[str, Any] = {"selection_top1": -1.0}
+        self.rows: list[dict[str, Any]] = []
+        self.last_path, self.best_path = folder / "checkpoint.pth.tar", folder / "best.pth.tar"
+        self.log_path = folder / "eval_linear_log.txt"
+        self.log = JsonLog(self.log_path)
+        self.started = time.monotonic()
+
+    def resume(self) -> int:
+        """Continue from checkpoint.pth.tar where there is one; returns the first epoch to train."""
+        if not self.last_path.is_file():
+            return 0
+        saved = read_checkpoint(self.last_path)
+        theirs = saved.get("config")
+        if theirs is None:
+            raise InputError(
+                f"{self.last_path} is a published head, which cannot be resumed here: give another --output_dir, or "
+                "validate it with --evaluate"
+            )
+        for key, value in self.identity.items():
+            if theirs.get(key) != value:
+                raise InputError(
+                    f"{self.last_path} was made with {key} {theirs.get(key)!r}, this run has {value!r}: give another "
+                    "--output_dir, or remove the file to start anew"
+                )
+        with input_errors(str(self.last_path)):
+            self.probe.load(saved["optimizer"]["heads"])
+        self.best, self.rows = saved["best"], saved["rows"]
+        if is_main_process():
+            cut_json_lines(self.log_path, saved["epoch"])
+        say(f"resuming from {self.last_path} at epoch {saved['epoch']}")
+        return saved["epoch"]
+
+    def validated(self, epoch: int, losses: list[float], val: Tensor, selection: Tensor) -> None:
+        """Note a validation: the rows of the table, the log line, and the best head so far."""
+        self.rows = [
+            {
+                "head": head.name,
+                "n_last_blocks": head.form.n,
+                "avgpool_patchtokens": head.form.avgpool,
+                "lr": head.lr,
+                "train_loss": loss,
+                "val_loss": v[2],
+                "selection_top1": s[0],
+                "val_top1": v[0],
+                "val_top5": v[1],
+            }
+            for head, loss, v, s in zip(self.probe.heads, losses, val.tolist(), selection.tolist(), strict=True)
+        ]
+        leader = max(range(len(self.rows)), key=lambda i: self.rows[i]["selection_top1"])
+        row = self.rows[leader]
+        if row["selection_top1"] > self.best["selection_top1"]:
+            self.best = {**row, "epoch": epoch, "number": leader}
+            save_on_master(self._content(epoch + 1, leader), self.best_path)
+        if is_main_process():
+            self.log.append({"epoch": epoch, "heads": self.rows})
+        say(
+            f"epoch {epoch}: best head {row['head']}: selection {row['selection_top1']:.2f}, val top-1 "
+            f"{row['val_top1']:.2f}, top-5 {row['val_top5']:.2f}"
+        )
+
+    def _content(self, epoch: int, head: int) -> dict[str, Any]:
+        """One head under the published names, and what made it."""
+        return {
+            "epoch": epoch,
+            "state_dict": self.probe.classifier(head),
+            "best_acc": self.best.get("val_top1", 0.0),
+            "head": {"form": list(self.probe.heads[head].form), "lr": self.probe.heads[head].lr},
+            "config": self.identity,
+        }
+
+    def save(self, epoch: int) -> None:
+        """checkpoint.pth.tar: the leading head as it is now, and all that is needed to continue."""
+        content = self._content(epoch, self.best.get("number", 0))
+        content |= {
+            "optimizer": {"heads": self.probe.state()},
+            "scheduler": {"last_epoch": epoch},
+            "best": self.best,
+            "rows": self.rows,
+        }
+        save_on_master(content, self.last_path)
+        barrier()
+
+    def finish(self, selected_on: str) -> dict[str, Any]:
+        """Table and plot; returns the results for the JSON."""
+        header = ["head", "train loss", selected_on, "val top-1", "val top-5"]
+        keys = ("head", "train_loss", "selection_top1", "val_top1", "val_top5")
+        say(records.table(header, [[row[key] for key in keys] for row in self.rows]))
+        best = self.best
+        say(
+            f"selected on {selected_on}: {best['head']} at epoch {best['epoch']}: "
+            f"val top-1 {best['val_top1']:.2f}, top-5 {best['val_top5']:.2f}"
+        )
+        if is_main_process() and len(self.rows) > 1:
+            plots.plot_heads(self.rows, best, selected_on, self.folder / "eval_linear.png")
+        return {"selected": best, "heads": self.rows, "seconds": round(time.monotonic() - self.started, 1)}

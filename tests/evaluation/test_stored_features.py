@@ -1,0 +1,85 @@
+"""Features as files: what is stored comes back, and says what made it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from data.datasets import open_images
+from evaluation import features, stored_features
+from runtime.guards import InputError
+from tests.evaluation.test_features import SETTINGS, Pixels
+from tests.small_images import small_root
+
+
+@pytest.fixture(scope="module")
+def root(cifar10, tmp_path_factory):
+    return small_root(cifar10, tmp_path_factory.mktemp("root"))
+
+
+def stored():
+    train, test = (torch.nn.functional.normalize(torch.randn(n, 6), dim=1) for n in (8, 4))
+    labels = torch.arange(8) % 2, torch.arange(4) % 2
+    description = {"checkpoint_sha256": "abc", "train_data": "t1", "classes": ["a", "b"]}
+    return stored_features.FeatureSet(train, test, *labels, description)
+
+
+def test_dumped_features_come_back_and_name_their_maker(tmp_path):
+    """What is dumped is loaded bit for bit; another checkpoint's hash or another data set is an error showing both."""
+    original = stored()
+    stored_features.dump_features(tmp_path, original)
+    back = stored_features.load_features(tmp_path, {"checkpoint_sha256": "abc", "train_data": None})
+    assert torch.equal(back.train_features, original.train_features)
+    assert torch.equal(back.test_labels, original.test_labels)
+    assert back.description["classes"] == ["a", "b"]
+    with pytest.raises(InputError, match=r"'abc'.*'def'"):
+        stored_features.load_features(tmp_path, {"checkpoint_sha256": "def"})
+    with pytest.raises(InputError, match="train_data 't1'"):
+        stored_features.load_features(tmp_path, {"train_data": "t2"})
+
+
+def test_published_dumps_are_used_with_a_warning(tmp_path, capsys):
+    """Four tensors without a description load, and the output says that they cannot be checked."""
+    stored_features.dump_features(tmp_path, stored())
+    (tmp_path / "features.json").unlink()
+    assert stored_features.load_features(tmp_path, {"checkpoint_sha256": "def"}).description == {}
+    assert "cannot be checked" in capsys.readouterr().out
+
+
+def test_mixed_up_or_damaged_dumps_are_refused(tmp_path):
+    """Labels of another length, a torn file, a missing one, and a description of other tensors are errors."""
+    stored_features.dump_features(tmp_path, stored())
+    for name, action, message in (
+        ("trainlabels.pth", lambda p: torch.save(torch.arange(5), p), "do not belong together"),
+        ("testfeat.pth", lambda p: p.write_bytes(p.read_bytes()[:100]), "can't be read"),
+        ("testlabels.pth", lambda p: p.unlink(), "does not exist"),
+        ("features.json", lambda p: p.write_text(json.dumps({"train_shape": [1, 2]})), "describes other tensors"),
+    ):
+        copy = tmp_path / f"copy_{name}"
+        shutil.copytree(tmp_path, copy, ignore=lambda *_: [n for n in _[1] if n.startswith("copy_")])
+        action(copy / name)
+        with pytest.raises(InputError, match=message):
+            stored_features.load_features(copy, {})
+
+
+def test_embeddings_carry_names_with_and_without_labels(root, tmp_path):
+    """npz and npy + csv hold the same rows, with the file of each, for labelled and unlabelled images."""
+    source = open_images(root, "val")
+    array = features.extract(Pixels(), source, **SETTINGS)
+    stored_features.write_embeddings(tmp_path / "a.npz", array, source, {"checkpoint": "x"})
+    files = stored_features.write_embeddings(tmp_path / "b.npy", array, source, {"checkpoint": "x"})
+    with np.load(tmp_path / "a.npz") as loaded:
+        assert np.array_equal(loaded["features"], np.load(tmp_path / "b.npy"))
+        assert loaded["names"].tolist() == [source.name(i) for i in range(len(source))]
+        assert np.array_equal(loaded["labels"], source.labels)
+        assert json.loads(str(loaded["description"])) == {"checkpoint": "x"}
+    rows = (tmp_path / "b.csv").read_text().splitlines()
+    assert rows[0] == "index,name,label,class"
+    assert len(rows) == len(source) + 1
+    assert [f.suffix for f in files] == [".npy", ".csv", ".json"]
+    with pytest.raises(InputError, match=r"\.npz"):
+        stored_features.write_embeddings(tmp_path / "c.txt", array, source, {})

@@ -1,0 +1,45 @@
+"""One output folder, one run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from runtime.guards import InputError
+from runtime.lock import FolderLock
+
+
+def test_the_lock_names_its_holder_and_dies_with_it(tmp_path):
+    """A second run is refused with host and process; a killed holder's lock is free at once."""
+    code = f"from runtime.lock import FolderLock; from pathlib import Path; l = FolderLock(Path({str(tmp_path)!r})); " \
+           "print('held', flush=True); import time; time.sleep(60)"  # fmt: skip
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(InputError, match=rf"host .*, process {holder.pid}"):
+        FolderLock(tmp_path)
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    holder.stdout.close()
+    FolderLock(tmp_path).release()
+    FolderLock(tmp_path).release()
+
+
+def test_the_lock_is_not_held_by_forked_workers(tmp_path):
+    """A loader worker that outlives its killed parent for a while does not keep the folder locked."""
+    code = f"from runtime.lock import FolderLock; from pathlib import Path; l = FolderLock(Path({str(tmp_path)!r})); " \
+           "import os, time; pid = os.fork(); pid or print(os.getpid(), flush=True); time.sleep(60)"  # fmt: skip
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    worker = int(holder.stdout.readline())  # it has begun
+    with pytest.raises(InputError, match="another run is using"):
+        FolderLock(tmp_path)
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    try:
+        FolderLock(tmp_path).release()
+    finally:
+        os.kill(worker, signal.SIGKILL)

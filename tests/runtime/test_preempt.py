@@ -1,0 +1,48 @@
+"""Signals that ask a run to stop, and the queue of SLURM."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from runtime.preempt import StopRequest, requeue_slurm_job
+
+
+def test_stop_signals():
+    """TERM and USR1 are noted, however often; the first INT too, a second would abort; handlers are put back."""
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with StopRequest() as stop:
+        assert not stop.requested
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+        assert stop.requested
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.name == "SIGINT"
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_requeue(tmp_path, monkeypatch):
+    """scontrol requeue is called once with the job's number, unless the job was cancelled; outside a job, and where
+    scontrol fails, it is said.
+    """
+    said: list[str] = []
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    requeue_slurm_job(said.append)
+    assert "outside a SLURM job" in said[0]
+    calls = tmp_path / "calls"
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    for state in ("COMPLETING", "RUNNING"):
+        (tmp_path / "scontrol").write_text(
+            f"#!/bin/sh\necho $1 $2 >> {calls}\necho JobId=77 JobState={state} Reason=None\n"
+        )
+        (tmp_path / "scontrol").chmod(0o755)
+        requeue_slurm_job(said.append)
+    assert calls.read_text().splitlines() == ["show job", "show job", "requeue 77"]
+    assert "COMPLETING" in said[1]
+    assert said[2] == "job 77 is back in the queue"
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho no controller >&2\nexit 1\n")
+    requeue_slurm_job(said.append)
+    assert said[3] == "warning: job 77 was not requeued: no controller"
