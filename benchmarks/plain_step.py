@@ -145,7 +145,7 @@ class PlainStep:
     """
 
     def __init__(self, run, parts: tuple[str, ...] = (), precision: str = "highest") -> None:
-        """run: a main_dino.Pretraining, read only."""
+        """run: a training.run.Run, read only."""
         self.run, self.parts, self.precision = run, parts, precision
         self.student, self.teacher = (make_plain(m, "pooling" not in parts) for m in (run.student, run.teacher))
         groups = get_params_groups(self.student)
@@ -157,11 +157,11 @@ class PlainStep:
     def __call__(self, crops: list[Tensor], step: int) -> float:
         """One step on [(2B, C, S, S), (nB, C, s, s)]; returns the loss."""
         torch.set_float32_matmul_precision(self.precision)
-        run, epoch = self.run, step // self.run.steps_per_epoch
+        run, epoch = self.run, step // self.run.plan.steps_per_epoch
         for i, group in enumerate(self.optimizer.param_groups):
             group["lr"] = float(run.schedules["lr"][step])
             if i == 0:
-                group["weight_decay"] = float(run.schedules["weight_decay"][step])
+                group["weight_decay"] = float(run.schedules["wd"][step])
         with torch.no_grad():
             teacher_output = self.teacher(crops[:1])
         student_output = self.student(crops)
@@ -175,7 +175,7 @@ class PlainStep:
         self.loss.center = self.loss.center * CENTER_MOMENTUM + batch_center * (1 - CENTER_MOMENTUM)
         self.optimizer.zero_grad()
         loss.backward()
-        self.update(epoch, float(run.schedules["momentum"][step]))
+        self.update(epoch, float(run.schedules["teacher_momentum"][step]))
         return loss.item()
 
     def update(self, epoch: int, momentum: float) -> None:

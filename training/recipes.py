@@ -77,21 +77,27 @@ _DINO = {
     "clip_grad": 3.0,
 }
 
-RECIPES: dict[str, dict[str, Any]] = {
-    "simpool_vit": _SIMPOOL_VIT,
-    "simpool_resnet": _SIMPOOL_RESNET,
-    "simpool_convnext": _SIMPOOL_CONVNEXT,
-    "dino": _DINO,
+# method -> recipe -> values of flags
+RECIPES: dict[str, dict[str, dict[str, Any]]] = {
+    "dino": {
+        "simpool_vit": _SIMPOOL_VIT,
+        "simpool_resnet": _SIMPOOL_RESNET,
+        "simpool_convnext": _SIMPOOL_CONVNEXT,
+        "dino": _DINO,
+    }
 }
 
 
-def recipe_name(arch: str, recipe: str = "auto") -> str:
-    """The recipe's full name: `auto` and `simpool` mean the SimPool recipe of the architecture's family.
+def find(method: str, arch: str, recipe: str = "auto") -> tuple[str, dict[str, Any]]:
+    """The full name and the values of a recipe; a method without recipes has an empty one, named "none".
 
+    For DINO `auto` and `simpool` mean the SimPool recipe of the architecture's family.
     Raises ValueError for an unknown recipe.
     """
-    if recipe in ("auto", "simpool"):
-        return f"simpool_{family(arch)}"
-    if recipe not in RECIPES:
-        raise ValueError(f"unknown recipe {recipe!r}; choose auto, {', '.join(RECIPES)}")
-    return recipe
+    known = RECIPES.get(method, {})
+    if recipe == "auto" and not known:
+        return "none", {}
+    name = f"simpool_{family(arch)}" if recipe in ("auto", "simpool") else recipe
+    if name not in known:
+        raise ValueError(f"--recipe {recipe!r} is unknown; choose {', '.join(['auto', *known])}")
+    return name, known[name]
