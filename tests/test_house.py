@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS = {
-    "sp": 0, "runtime": 0,
+    "sp": 0, "torchfile": 0.1, "pretrained": 0.2, "runtime": 0.3,  # in this order
     "distill": 1, "optim": 1, "data": 1,
     "vision_transformer": 2, "resnet_simpool": 2, "convnext_simpool": 2,
     "backbones": 3,
@@ -21,7 +21,8 @@ LEVELS = {
     "benchmarks": 7, "run_scripts": 7,
 }  # fmt: skip
 MODELS = ("vision_transformer", "resnet_simpool", "convnext_simpool")
-BACKBONE_FILES = ("sp", *MODELS, "backbones", "distill.heads", "hubconf")
+READING = ("pretrained", "torchfile.read", "torchfile.archive", "torchfile.plain_pickle")
+BACKBONE_FILES = ("sp", *READING, *MODELS, "backbones", "distill.heads", "hubconf")
 PROGRAMS = ("main_dino", "eval_knn", "eval_linear", "visualize_attention", "hubconf")
 
 
@@ -89,9 +90,9 @@ def test_no_circles():
 
 @pytest.mark.parametrize("name", BACKBONE_FILES)
 def test_backbones_keep_to_themselves(name):
-    """SimPool and the backbones reach for nothing but torch, timm, each other and the head."""
+    """SimPool, the backbones and what reads their files reach for nothing but torch, timm, each other and the head."""
     for target in GRAPH[name]:
-        assert target in (*BACKBONE_FILES, "distill"), f"{name} imports {target}"
+        assert target in (*BACKBONE_FILES, "distill", "torchfile"), f"{name} imports {target}"
 
 
 def test_sp_is_one_file():
@@ -103,7 +104,7 @@ def test_sp_is_one_file():
 
 
 @pytest.mark.parametrize(
-    "package", ["distill", "optim", "data", "runtime", "evaluation", "training", "tools", "benchmarks"]
+    "package", ["torchfile", "distill", "optim", "data", "runtime", "evaluation", "training", "tools", "benchmarks"]
 )
 def test_package_init_files_are_empty(package):
     """Importing a package runs nothing."""
