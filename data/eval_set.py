@@ -14,30 +14,38 @@ from runtime.guards import InputError
 
 
 class EvalSet(Dataset):
-    """Indices -> (uint8 images (B, C, S, S), index (B,)): the shorter side to `resize_to`, then the central square."""
+    """Indices -> (uint8 images (B, C, S, S), index (B,)): the shorter side to `resize_to`, then the central square.
 
-    def __init__(self, source: ImageSource, img_size: int, resize_to: int):
+    on_bad_image: "raise" stops at a file that can't be used; "mark" gives a black image and ~index, a negative number.
+    """
+
+    def __init__(self, source: ImageSource, img_size: int, resize_to: int, on_bad_image: str = "raise"):
         if resize_to < img_size:
             raise InputError(
                 f"images are resized to {resize_to} pixels and then cropped to {img_size}: larger than that"
             )
         self.source, self.img_size, self.resize_to = source, img_size, resize_to
+        self.on_bad_image = on_bad_image
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         images = crop_memory(1, len(indices), self.source.in_chans, self.img_size, get_worker_info() is not None)[0]
+        numbers = torch.tensor(indices, dtype=torch.int64)
         for b, index in enumerate(indices):
             try:
                 picture = self.source.open(index)
                 images[b] = central_square(picture, self.img_size, self.resize_to)
             except BadImage as error:
+                if self.on_bad_image == "mark":
+                    images[b], numbers[b] = 0, ~index
+                    continue
                 raise InputError(
-                    f"{self.source.name(index)} {error}: an evaluation leaves no image out; mend or remove it "
-                    "(python -m tools.check_images lists all such files)"
+                    f"{self.source.name(index)} {error}: an evaluation leaves no image out; fix or remove it, or give "
+                    "--on_bad_image skip (python -m tools.check_images lists such files)"
                 ) from error
-        return images, torch.tensor(indices, dtype=torch.int64)
+        return images, numbers
 
 
 def central_square(picture, img_size: int, resize_to: int) -> torch.Tensor:

@@ -37,7 +37,7 @@ def build_train_loader(
 
     pin_memory: page-locked batches, for a CUDA device. prefetch_factor: batches that each worker keeps ready.
     """
-    return _loader(TrainSet(source, spec, seed, on_bad_image), sampler, num_workers, pin_memory, prefetch_factor)
+    return build_loader(TrainSet(source, spec, seed, on_bad_image), sampler, num_workers, pin_memory, prefetch_factor)
 
 
 def ahead_on_device(batches: Iterable[CropBatch], device: torch.device) -> Iterator[CropBatch]:
@@ -75,10 +75,15 @@ def build_eval_loader(
     resize: int = 256,
     indices: Sequence[int] | np.ndarray | None = None,
     pin_memory: bool = False,
+    on_bad_image: str = "raise",
 ) -> Loader:
-    """uint8 images (B, C, S, S) and their indices (B,), in order; `indices` limits it to a part, in that order."""
+    """uint8 images (B, C, S, S) and their indices (B,), in order; `indices` limits it to a part, in that order.
+
+    on_bad_image: see `EvalSet`.
+    """
     indices = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
-    return _loader(EvalSet(source, img_size, resize), _InOrder(indices, batch_size), num_workers, pin_memory, 2)
+    images = EvalSet(source, img_size, resize, on_bad_image)
+    return build_loader(images, _InOrder(indices, batch_size), num_workers, pin_memory)
 
 
 class _InOrder:
@@ -110,7 +115,10 @@ def normalize(
 # ---- common ----
 
 
-def _loader(dataset: Dataset, batch_sampler, num_workers: int, pin_memory: bool, prefetch_factor: int) -> Loader:
+def build_loader(
+    dataset: Dataset, batch_sampler, num_workers: int, pin_memory: bool = False, prefetch_factor: int = 2
+) -> Loader:
+    """Batches of a data set whose `__getitems__` makes whole ones, with this room's care for errors and signals."""
     if num_workers < 0:
         raise InputError(f"--num_workers {num_workers}: give 0 (load in the training process) or more")
     return Loader(
