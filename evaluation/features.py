@@ -28,7 +28,6 @@ from runtime.guards import InputError
 from runtime.progress import progress
 from runtime.terminal import say
 
-ON_BAD_IMAGE = ("raise", "skip")
 GATHER_BYTES = 64 << 20  # a share travels between ranks in pieces of this size
 _LISTED = 5  # skipped files that are named
 
@@ -100,7 +99,7 @@ def extract_shard(
         resize=resize or eval_resize(img_size),
         indices=indices,
         pin_memory=device.type == "cuda",
-        on_bad_image="mark" if on_bad_image == "skip" else "raise",
+        on_bad_image=on_bad_image,
     )
     batches = progress(loader, len(loader), desc) if show_progress else loader
     features: Tensor | None = None
@@ -109,6 +108,8 @@ def extract_shard(
         for images, index in batches:
             if should_stop():
                 raise Interrupted
+            if not len(images):  # a batch of bad files only
+                continue
             images = normalize(images.to(device, non_blocking=True))
             with torch.autocast(device.type, dtype=amp_dtype or torch.bfloat16, enabled=amp_dtype is not None):
                 batch = forward(images)
@@ -118,14 +119,13 @@ def extract_shard(
             features[done : done + len(batch)] = batch
             numbers.append(index)
             done += len(batch)
-    if features is None:  # more ranks than images
+    if features is None:  # no image for this rank, or no good one
         features = torch.empty(0, getattr(model, "num_features", 0), dtype=dtype)
-    if done != len(indices):
-        raise RuntimeError(f"the loader gave {done} images for {len(indices)} indices")
     index = torch.cat(numbers)
-    bad = (~index[index < 0]).tolist()
-    if bad:
-        features, index = features[index >= 0], index[index >= 0]
+    bad = np.setdiff1d(indices, index.numpy()).tolist()
+    if bad and on_bad_image == "raise":
+        raise RuntimeError(f"the loader gave {done} images for {len(indices)} indices")
+    features = features[:done]
     if not torch.isfinite(features).all():
         raise InputError(
             "the model's features are not finite: its weights have diverged, or overflow in fp16; take an earlier "
@@ -233,8 +233,8 @@ def readable(source: ImageSource, num_workers: int, desc: str = "training") -> n
     For programs that read images many times, and must know beforehand which of them count.
     """
     share = shard_for_eval(len(source), get_rank(), get_world_size())
-    loader = build_eval_loader(source, 64, num_workers, 8, 8, share, on_bad_image="mark")
+    loader = build_eval_loader(source, 64, num_workers, 8, 8, share, on_bad_image="skip")
     numbers = [index for _, index in progress(loader, len(loader), f"checking {desc} images")]
     index = torch.cat([torch.empty(0, dtype=torch.int64), *numbers])
-    report_skipped(source, (~index[index < 0]).tolist(), desc)
-    return gather_shards(index[index >= 0]).numpy()
+    report_skipped(source, np.setdiff1d(share, index.numpy()).tolist(), desc)
+    return gather_shards(index).numpy()

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from evaluation.features import ON_BAD_IMAGE, eval_resize
+from data.eval_set import ON_BAD_IMAGE
+from evaluation.features import eval_resize
 from runtime.cli import HelpFormatter, add_flag, add_launcher_flags, float_or_none
 from runtime.guards import InputError
 

@@ -145,7 +145,7 @@ def test_an_evaluation_while_training_skips_bad_files(small, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "1 of 96 training images left out" in said
     assert "1 of 40 validation images left out" in said
-    with pytest.raises(InputError, match="on_bad_image skip"):
+    with pytest.raises(InputError, match="leaves no image out"):
         knn.evaluate(
             Pixels(), open_images(broken, "train"), open_images(broken, "val"), on_bad_image="raise", **settings
         )
