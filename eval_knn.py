@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from data.datasets import open_images
 from data.sampler import shard_for_eval
-from data.source import ImageSource
-from evaluation import features, knn, low_shot, options, records, stored_features
+from evaluation import features, identity, knn, labelled, low_shot, options, records, stored_features
 from evaluation.knn import knn_classifier
 from evaluation.retrieval import multi_scale
+from runtime.checkpoint import check_writable
 from runtime.cli import add_flag, bool_flag, parse_program
 from runtime.distributed import (
     all_gather_objects,
@@ -36,7 +36,7 @@ from runtime.distributed import (
     is_main_process,
     leave,
 )
-from runtime.guards import EXIT_DONE, InputError, input_errors, run_program
+from runtime.guards import EXIT_DONE, input_errors, run_program
 from runtime.meters import MetricLogger
 from runtime.reproduce import fix_random_seeds
 from runtime.terminal import say
@@ -55,7 +55,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     add_flag(group, "--use_cuda", type=bool_flag, default=True, help="classify on the GPU; false: on the CPU")
     add_flag(group, "--low_shot", type=int, nargs="*", default=None, metavar="NU",
-             help="also low-shot k-NN with NU images per class (without values: 1 5 10 20)")  # fmt: skip
+             help="also low-shot k-NN with NU images per class (no value: 1 5 10 20)")  # fmt: skip
     add_flag(group, "--low_shot_draw", choices=("files", "random"), default="files",
              help="which images: the published protocol's, by file order, or five seeded draws")  # fmt: skip
     add_flag(group, "--subset", type=int, default=-1, help="first images of each training class to use; -1: all")
@@ -64,8 +64,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_flag(group, "--dump_features", default=None, help="folder to save the features to")
     add_flag(group, "--load_features", default=None, help="folder of saved features to use instead of extracting")
     add_flag(group, "--embed", default=None, metavar="FILE",
-             help="write features and names of all images to a .npz, or a .npy and .csv; no labels needed")  # fmt: skip
-    add_flag(group, "--features_dtype", choices=("fp32", "fp16"), default="fp32", help="how features are stored")
+             help="only write features and names of all images, train and val, to .npz, or .npy and .csv")  # fmt: skip
+    add_flag(group, "--features_dtype", choices=("fp32", "fp16"), default=None,
+             help="how features are stored (default: fp32)")  # fmt: skip
     options.add_checkpoint_flags(parser)
     options.add_run_flags(parser)
     return parser
@@ -74,13 +75,17 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the program; returns its exit code."""
     args = parse_program("eval_knn.py", get_args_parser(), __doc__, argv)
-    options.check_positive(args, "nb_knn", "batch_size_per_gpu")
-    if min(args.temperature) <= 0:
-        raise InputError(f"--temperature {min(args.temperature)}: give a number above 0")
+    options.check_run(args)
+    options.check_positive(args, "nb_knn")
+    options.check_above_zero(args, "temperature")
     if args.low_shot is not None:
         args.low_shot = args.low_shot or [1, 5, 10, 20]
         options.check_positive(args, "low_shot")
-    folder = records.output_folder(args.output_dir, args.pretrained_weights)
+    if args.embed:
+        stored_features.check_embeddings_path(args.embed)
+    elif args.dump_features:
+        check_writable(Path(args.dump_features), "--dump_features")
+    folder = None if args.embed else records.output_folder(args.output_dir, args.pretrained_weights)
     init_distributed_mode(args)
     try:
         return embed(args) if args.embed else evaluate(args, folder)
@@ -93,24 +98,26 @@ def main(argv: list[str] | None = None) -> int:
 
 @dataclass
 class Collected:
-    """Normalised features and labels of train and val, and what the JSON says of where they came from."""
+    """Normalised features and labels of train and val, and what the JSON says of their origin."""
 
     features: stored_features.FeatureSet
     complete: bool  # whether this rank holds the whole training set, or only its share
     model: dict[str, Any]
     data: dict[str, Any]
+    numerics: dict[str, Any]  # settings that change the features
 
     def training_share(self) -> tuple[Tensor, Tensor]:
         """This rank's part of the training features and labels."""
         train, labels = self.features.train_features, self.features.train_labels
         if self.complete:
             share = shard_for_eval(len(train), get_rank(), get_world_size())
-            train, labels = train[share[0] : share[-1] + 1], labels[share[0] : share[-1] + 1]
+            mine = slice(share[0], share[-1] + 1) if len(share) else slice(0)
+            train, labels = train[mine], labels[mine]
         return train, labels
 
 
 def evaluate(args: argparse.Namespace, folder: Path) -> int:
-    """k-NN, and low-shot k-NN where asked for: table and eval_knn.json."""
+    """k-NN, and low-shot k-NN if asked for: table and eval_knn.json."""
     found = collect(args)
     device = args.torch_device if args.use_cuda else torch.device("cpu")
     test = found.features.test_features.to(device)
@@ -127,41 +134,46 @@ def evaluate(args: argparse.Namespace, folder: Path) -> int:
     results: dict[str, Any] = {"knn": rows}
     if args.low_shot:
         results["low_shot"] = classify_low_shot(args, found, test)
-    names = ("nb_knn", "temperature", "low_shot", "low_shot_draw", "subset", "seed", "features_dtype", "amp")
-    settings = {name: getattr(args, name) for name in names}
-    settings |= {key: found.features.description.get(key) for key in ("img_size", "resize")}
+    names = ("nb_knn", "temperature", "low_shot", "low_shot_draw", "subset", "seed", "val_fraction")
+    settings = {name: getattr(args, name) for name in names} | found.numerics
     records.write_evaluation(folder, "eval_knn", found.model, found.data, settings, results)
     return EXIT_DONE
 
 
 def classify_low_shot(args: argparse.Namespace, found: Collected, test: Tensor) -> dict[int, dict]:
-    """Low-shot k-NN, each rank with its share of the queries and all training features: table and results."""
-    results = low_shot.low_shot_knn(
-        found.features.train_features.to(test.device),
-        found.features.train_labels,
-        test,
-        found.features.test_labels,
-        args.low_shot,
-        args.temperature[0],
-        args.low_shot_draw,
-        seed=args.seed,
-        classes=found.features.description.get("classes"),
-        sharded=True,
-    )
-    cells = [[str(nu), str(r["k"]), r["mean"], r["std"], str(len(r["runs"]))] for nu, r in results.items()]
-    say(records.table(["images per class", "k", "top-1", "±", "runs"], cells))
+    """Low-shot k-NN, each rank with its share of the queries and all training features: table and results.
+
+    The results of the first temperature stand under each number of images, and those of any others under
+    `by_temperature` in it.
+    """
+    train = found.features.train_features.to(test.device)
+    cells, results = [], {}
+    for temperature in args.temperature:
+        found_here = low_shot.low_shot_knn(
+            train, found.features.train_labels, test, found.features.test_labels, args.low_shot, temperature,
+            args.low_shot_draw, seed=args.seed, classes=found.features.description.get("classes"), sharded=True,
+        )  # fmt: skip
+        for nu, row in found_here.items():
+            if nu not in results:
+                results[nu] = {**row, "temperature": temperature}
+            else:
+                results[nu].setdefault("by_temperature", {})[f"{temperature:g}"] = row
+            cells.append([str(nu), str(row["k"]), f"{temperature:g}", row["mean"], row["std"], str(len(row["runs"]))])
+    say(records.table(["images per class", "k", "temperature", "top-1", "std", "runs"], cells))
     return results
 
 
 def embed(args: argparse.Namespace) -> int:
     """Features and file names of every image at --data_path, labelled or not, as files."""
     loaded = load(args)
-    source = open_images(args.data_path, "train", args.subset, options.channels(loaded.config))
-    array = features.extract(loaded.model, source, **options.extraction(args, loaded.config))
+    source = labelled.open_all(args.data_path, args.subset, options.channels(loaded.config))
+    array, index = features.extract(loaded.model, source, **options.extraction(args, loaded.config))
     if is_main_process():
         description = options.describe(loaded, args) | {"data_path": args.data_path, "data": source.fingerprint()}
-        for path in stored_features.write_embeddings(args.embed, array, source, description):
-            say(f"wrote {path}")
+        description |= options.numerics(args, loaded.config)
+        with input_errors("--embed"):
+            for path in stored_features.write_embeddings(args.embed, array, source, description, index):
+                say(f"wrote {path}")
         say(f"{len(array)} features of width {array.shape[1]}, as the model gives them (not normalised)")
     return EXIT_DONE
 
@@ -171,70 +183,92 @@ def embed(args: argparse.Namespace) -> int:
 
 def load(args: argparse.Namespace) -> LoadedModel:
     """The model of --pretrained_weights on this process's device."""
-    fix_random_seeds(args.seed)  # a model without a checkpoint is the same in every program
+    flags = options.model_flags(args)
+    fix_random_seeds(args.seed)  # so a model without a checkpoint is the same in every program
     return load_checkpoint_model(
-        args.pretrained_weights,
-        checkpoint_key=args.checkpoint_key,
-        device=args.torch_device,
-        **options.model_flags(args),
+        args.pretrained_weights, checkpoint_key=args.checkpoint_key, device=args.torch_device, **flags
     )
 
 
-def open_labelled(args: argparse.Namespace, in_chans: int) -> tuple[ImageSource, ImageSource]:
-    """Train and val images with labels of the same classes."""
-    train = open_images(args.data_path, "train", args.subset, in_chans)
-    val = open_images(args.data_path, "val", -1, in_chans)
-    features.require_labels(train, val)
-    return train, val
+def numerics(args: argparse.Namespace, loaded: LoadedModel) -> dict[str, Any]:
+    """The settings that change the features, as they are recorded."""
+    return options.numerics(args, loaded.config) | {"features_dtype": args.features_dtype or "fp32"}
 
 
 def collect(args: argparse.Namespace) -> Collected:
-    """Features from --load_features, or extracted; complete on every rank where a later step needs them so."""
+    """Features from --load_features, or extracted; complete on every rank if a later step needs them so."""
     if args.load_features:
         return collect_saved(args)
     loaded = load(args)
-    train, val = open_labelled(args, options.channels(loaded.config))
+    in_chans = options.channels(loaded.config)
+    train, val = labelled.open_labelled(args.data_path, args.subset, in_chans, args.val_fraction)
     settings = options.extraction(args, loaded.config)
-    train_features, index = features.extract_shard(loaded.model, train, desc="train features", **settings)
+    share = features.extract_shard(loaded.model, train, desc="training features", **settings)
+    if args.on_bad_image == "skip":
+        features.report_skipped(train, share.bad, "training")
+    test, test_index = features.extract(loaded.model, val, desc="validation features", **settings)
+    train_features, index = share.features, share.index
     complete = get_world_size() == 1 or bool(args.dump_features or args.low_shot)
     if complete:
-        train_features, index = features.gather_shards(train_features, len(train)), slice(None)
+        train_features, index = features.gather_shards(train_features), features.gather_shards(index)
+    made_by = {
+        **options.describe(loaded, args),
+        **identity.of_data(train, val),
+        **numerics(args, loaded),
+        "classes": train.classes,
+    }
     found = stored_features.FeatureSet(
         features.normalize_rows_(train_features),
-        features.normalize_rows_(features.extract(loaded.model, val, desc="val features", **settings)),
+        features.normalize_rows_(test),
         torch.from_numpy(train.labels)[index],
-        torch.from_numpy(val.labels),
-        {
-            **options.describe(loaded, args),
-            "train_data": train.fingerprint(),
-            "val_data": val.fingerprint(),
-            "classes": train.classes,
-            "img_size": settings["img_size"],
-            "resize": settings["resize"],
-        },
+        torch.from_numpy(val.labels)[test_index],
+        made_by,
     )
     if args.dump_features and is_main_process():
-        stored_features.dump_features(args.dump_features, found)
+        with input_errors("--dump_features"):
+            stored_features.dump_features(args.dump_features, found)
         say(f"features written to {args.dump_features}")
-    return Collected(found, complete, options.describe(loaded, args), records.describe_data(args.data_path, train, val))
+    data = records.describe_data(args.data_path, train, val)
+    return Collected(found, complete, options.describe(loaded, args), data, numerics(args, loaded))
 
 
 def collect_saved(args: argparse.Namespace) -> Collected:
-    """Features of --load_features, checked against the checkpoint and the images that are given beside it."""
+    """Features of --load_features, checked against all that the command line says of what should have made them.
+
+    What it does not say is taken from the description that lies with the features, and recorded as it stands there.
+    """
     expected: dict[str, Any] = {}
     data: dict[str, Any] = {"load_features": str(args.load_features)}
+    in_chans = args.in_chans or 3
     if args.pretrained_weights:
-        expected |= {
-            "checkpoint_sha256": options.sha256(args.pretrained_weights),
-            "checkpoint_key": args.checkpoint_key,
-        }
+        loaded = load(argparse.Namespace(**{**vars(args), "torch_device": torch.device("cpu")}))
+        expected |= identity.of_model(loaded, args.checkpoint_key)
+        expected |= {key: numerics(args, loaded)[key] for key in ("img_size", "resize")}
+        in_chans = options.channels(loaded.config)
+    for key in ("amp", "features_dtype"):
+        if getattr(args, key) is not None:
+            expected[key] = getattr(args, key)
     if args.data_path != get_args_parser().get_default("data_path"):
-        train, val = open_labelled(args, args.in_chans or 3)
-        expected |= {"train_data": train.fingerprint(), "val_data": val.fingerprint()}
+        train, val = labelled.open_labelled(args.data_path, args.subset, in_chans, args.val_fraction)
+        expected |= identity.of_data(train, val)
         data |= records.describe_data(args.data_path, train, val)
     saved = stored_features.load_features(args.load_features, expected)
-    model = {key: saved.description.get(key) for key in ("checkpoint", "checkpoint_sha256", "checkpoint_key", "config")}
-    return Collected(saved, True, model, data)
+    made_by = saved.description
+    if not args.pretrained_weights and made_by:
+        check_model_flags(args, made_by)
+    model = {key: made_by.get(key) for key in ("checkpoint", "checkpoint_sha256", "checkpoint_key", "epoch", "config")}
+    settings = {key: made_by.get(key) for key in (*identity.EXTRACTION, "features_dtype")}
+    return Collected(saved, True, model, data, settings)
+
+
+def check_model_flags(args: argparse.Namespace, made_by: dict[str, Any]) -> None:
+    """Raise InputError if a flag of the model contradicts the description of stored features."""
+    config = made_by.get("config") if isinstance(made_by.get("config"), dict) else {}
+    given = {key: value for key, value in options.model_flags(args).items() if value not in (None, "auto")}
+    identity.require_same(
+        config, given, [key for key in given if key in config],
+        f"the features in {args.load_features} were made by another model", "Leave the flag or --load_features out",
+    )  # fmt: skip
 
 
 # ---- DINO's names ---------------------------------------------------------------------------------------------------
@@ -243,17 +277,16 @@ def collect_saved(args: argparse.Namespace) -> Collected:
 def extract_feature_pipeline(args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(train features, test features, train labels, test labels), normalised and complete, on every rank.
 
-    Takes DINO's arguments; what a script's namespace lacks gets this program's default.
+    Takes DINO's arguments; what the script's namespace lacks gets this program's default.
     """
-    args = options.complete(args, get_args_parser())
+    args = options.with_defaults(args, get_args_parser())
     if not hasattr(args, "torch_device"):
         args.torch_device = choose_device(args.device)
     found = collect(args)
     saved = found.features
     if not found.complete:
-        total = found.data["train_images"]
-        saved.train_features = features.gather_shards(saved.train_features, total)
-        saved.train_labels = features.gather_shards(saved.train_labels, total)
+        saved.train_features = features.gather_shards(saved.train_features)
+        saved.train_labels = features.gather_shards(saved.train_labels)
     return saved.train_features, saved.test_features, saved.train_labels, saved.test_labels
 
 

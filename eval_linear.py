@@ -5,11 +5,11 @@
     python eval_linear.py --pretrained_weights ... --data_path ... --evaluate          # a saved head
     python eval_linear.py --pretrained_weights ... --data_path ... --logistic          # an answer in seconds
 
-Without --lr ten learning rates are tried, from 1e-4 to 3 per 256 images: enough for ViTs and ResNets alike. The best
-head is chosen on a tenth of train held out for it (--select_on val chooses on val, as the published numbers did, and
-trains on all of train); one head alone needs no choice. Writes to --output_dir, beside the checkpoint by default:
-eval_linear.json, eval_linear.png, eval_linear_log.txt, checkpoint.pth.tar (to resume) and best.pth.tar, which hold the
-chosen head under the published names. The protocol: evaluation/linear.py.
+Without --lr twelve learning rates are tried, from 1e-4 to 30 per 256 images, which covers ViTs, ResNets and small
+models on few images. The best head is chosen on a tenth of train held out for it (--select_on val chooses on val, as
+the published numbers did, and trains on all of train); a single head needs no choice. Writes to --output_dir, by
+default the checkpoint's folder: eval_linear.json, eval_linear.png, eval_linear_log.txt, checkpoint.pth.tar (to resume)
+and best.pth.tar, which hold the chosen head under the published names. The protocol: evaluation/linear.py.
 """
 
 from __future__ import annotations
@@ -24,16 +24,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from data.datasets import open_images
 from data.sampler import TrainSampler
 from data.source import ImageSource
-from evaluation import cached, features, linear, logistic, options, records
+from evaluation import cached, features, heads, identity, labelled, linear, logistic, options, records
 from evaluation.crops import build_probe_loader
-from evaluation.forms import Form, default_forms, probe_features
+from evaluation.forms import Form, default_forms, form_widths, probe_features
 from evaluation.linear import LinearClassifier, Probe
 from evaluation.single_head import train, validate_network
 from evaluation.sweep import Sweep, train_epoch
-from runtime.checkpoint import read_checkpoint
 from runtime.cli import add_flag, bool_flag, parse_program
 from runtime.distributed import barrier, get_rank, get_world_size, init_distributed_mode, is_main_process, leave
 from runtime.guards import EXIT_DONE, InputError, input_errors, run_program
@@ -88,13 +86,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def eval_linear(args: argparse.Namespace) -> dict[str, Any]:
     """The whole evaluation for parsed arguments (DINO's name); returns the results that the JSON holds."""
-    args = options.complete(args, get_args_parser())
-    options.check_positive(args, "epochs", "val_freq", "batch_size_per_gpu")
+    args = options.with_defaults(args, get_args_parser())
     for name in ("lr", "n_last_blocks", "avgpool_patchtokens"):
         value = getattr(args, name)
         setattr(args, name, value if value is None or isinstance(value, list) else [value])
-    if args.lr is not None and min(args.lr) <= 0:
-        raise InputError(f"--lr {min(args.lr):g}: give learning rates above 0")
+    options.check_run(args)
+    options.check_positive(args, "epochs", "val_freq")
+    for name, check in (("lr", options.check_above_zero), ("n_last_blocks", options.check_positive)):
+        if getattr(args, name) is not None:
+            check(args, name)
     folder = records.output_folder(args.output_dir, args.pretrained_weights)
     init_distributed_mode(args)
     task = prepare(args, folder)
@@ -131,16 +131,23 @@ class Task:
         depths = args.n_last_blocks or [default.n]
         pools = args.avgpool_patchtokens if args.avgpool_patchtokens is not None else [default.avgpool]
         forms = [Form(n, pool) for n in dict.fromkeys(depths) for pool in dict.fromkeys(pools)]
-        options.check_positive(argparse.Namespace(n_last_blocks=depths), "n_last_blocks")
         self.widths(forms)
         return forms
 
     def widths(self, forms: list[Form]) -> list[int]:
         """Width of each form's features."""
-        side = self.extraction["img_size"]
-        blank = torch.zeros(2, options.channels(self.loaded.config), side, side, device=self.device)
-        with input_errors("--n_last_blocks, --avgpool_patchtokens"), torch.no_grad():
-            return [x.shape[1] for x in probe_features(self.model, blank, forms)]
+        channels = options.channels(self.loaded.config)
+        with input_errors():
+            return form_widths(self.model, forms, self.extraction["img_size"], channels, self.device)
+
+    def identity(self, forms: list[Form]) -> dict[str, Any]:
+        """All that changes a head's input and labels; see evaluation.identity."""
+        return {
+            **identity.of_model(self.loaded, self.args.checkpoint_key),
+            **options.numerics(self.args, self.loaded.config),
+            "classes": identity.of_classes(self.train),
+            "forms": [list(form) for form in forms],
+        }
 
     def cache(
         self, source: ImageSource, forms: list[Form], desc: str, indices: np.ndarray | None = None
@@ -150,8 +157,8 @@ class Task:
 
     def write(self, name: str, settings: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
         """The evaluation's JSON; returns the results."""
-        common = {key: getattr(self.args, key) for key in ("subset", "seed", "amp")}
-        common |= {key: self.extraction[key] for key in ("img_size", "resize")}
+        common = {key: getattr(self.args, key) for key in ("subset", "seed", "val_fraction")}
+        common |= options.numerics(self.args, self.loaded.config)
         data = records.describe_data(self.args.data_path, self.train, self.val)
         records.write_evaluation(
             self.folder, name, options.describe(self.loaded, self.args), data, common | settings, results
@@ -161,19 +168,17 @@ class Task:
 
 def prepare(args: argparse.Namespace, folder: Path) -> Task:
     """Load the model and open the labelled images."""
-    fix_random_seeds(args.seed)  # a model without a checkpoint is the same in every program
+    flags = options.model_flags(args)
+    fix_random_seeds(args.seed)  # so a model without a checkpoint is the same in every program
     loaded = load_checkpoint_model(
-        args.pretrained_weights,
-        checkpoint_key=args.checkpoint_key,
-        device=args.torch_device,
-        **options.model_flags(args),
+        args.pretrained_weights, checkpoint_key=args.checkpoint_key, device=args.torch_device, **flags
     )
     for parameter in loaded.model.parameters():
         parameter.requires_grad_(False)
     channels = options.channels(loaded.config)
-    train = open_images(args.data_path, "train", args.subset, channels)
-    val = open_images(args.data_path, "val", -1, channels)
-    features.require_labels(train, val)
+    train, val = labelled.open_labelled(args.data_path, args.subset, channels, args.val_fraction)
+    if args.on_bad_image == "skip":  # a probe reads each image in every epoch: it must know beforehand which count
+        train = labelled.Part(train, features.readable(train, args.num_workers))
     if args.num_labels is not None and args.num_labels < len(train.classes):
         raise InputError(
             f"--num_labels {args.num_labels}, but the images have {len(train.classes)} classes; leave it out"
@@ -192,17 +197,15 @@ def run_sweep(task: Task) -> dict[str, Any]:
     num_labels = args.num_labels or len(task.train.classes)
     choose = len(forms) * len(lrs) > 1 and args.select_on == "train"
     kept, held_out = linear.split_train(task.train.labels, args.seed) if choose else (np.arange(len(task.train)), None)
-    sampler = TrainSampler(
-        len(kept), args.batch_size_per_gpu, seed=args.seed, rank=get_rank(), world_size=get_world_size()
-    )
+    sampler = probe_sampler(args, len(kept))
     probe = Probe(task.widths(forms), forms, lrs, num_labels, sampler.global_batch, task.device, args.seed)
     loader = build_probe_loader(
         task.train, kept, sampler, task.extraction["img_size"], args.num_workers, args.seed, task.device.type == "cuda"
     )
     describe_sweep(task, probe, len(kept), sampler.global_batch, held_out)
-    sweep = Sweep(task.folder, probe, run_identity(task, forms, lrs, sampler.global_batch, len(kept)))
+    sweep = Sweep(task.folder, probe, run_identity(task, forms, lrs, num_labels, sampler.global_batch, len(kept)))
     first_epoch = sweep.resume()
-    val = task.cache(task.val, forms, "val features")
+    val = task.cache(task.val, forms, "validation features")
     selection = task.cache(task.train, forms, "held-out features", held_out) if choose else val
 
     for epoch in range(first_epoch, args.epochs):
@@ -220,6 +223,18 @@ def run_sweep(task: Task) -> dict[str, Any]:
     return task.write("eval_linear", settings, sweep.finish(selected_on))
 
 
+def probe_sampler(args: argparse.Namespace, images: int) -> TrainSampler:
+    """Which images make up which step. Raises InputError if they do not fill one."""
+    global_batch = args.batch_size_per_gpu * get_world_size()
+    if images < global_batch:
+        raise InputError(
+            f"{images} images to train on do not fill one batch of {global_batch} ({args.batch_size_per_gpu} per "
+            f"process x {get_world_size()} process(es)): lower --batch_size_per_gpu to at most "
+            f"{max(1, images // get_world_size())}"
+        )
+    return TrainSampler(images, args.batch_size_per_gpu, seed=args.seed, rank=get_rank(), world_size=get_world_size())
+
+
 def describe_sweep(task: Task, probe: Probe, images: int, global_batch: int, held_out: np.ndarray | None) -> None:
     """Say what is about to be trained, and how the choice will be made."""
     lrs = sorted({head.lr for head in probe.heads})
@@ -228,19 +243,26 @@ def describe_sweep(task: Task, probe: Probe, images: int, global_batch: int, hel
     say(f"{len(probe.heads)} head(s) on {names}; {rates}; global batch {global_batch}")
     choice = f"; {len(held_out)} held out to choose the head by" if held_out is not None else ""
     say(f"training on {images} images of {len(task.train.classes)} classes{choice}")
+    tail = images % global_batch
+    if tail:
+        say(f"each epoch leaves out {tail} of them, others each time: they do not fill a batch")
 
 
-def run_identity(task: Task, forms: list[Form], lrs: list[float], global_batch: int, images: int) -> dict[str, Any]:
-    """What must agree for a saved run to be continued, and what a saved head is told apart by."""
+def run_identity(
+    task: Task, forms: list[Form], lrs: list[float], num_labels: int, global_batch: int, images: int
+) -> dict[str, Any]:
+    """What must agree for a saved run to be continued."""
     args = task.args
     return {
-        "checkpoint_sha256": task.loaded.sha256,
-        "checkpoint_key": args.checkpoint_key,
-        "train_data": task.train.fingerprint(),
+        **task.identity(forms),
+        **identity.of_data(task.train, task.val),
         "training_images": images,
-        "forms": [list(form) for form in forms],
+        "num_labels": num_labels,
+        "crops": "bilinear",  # earlier versions trained on bicubic ones
+        "order": heads.ORDER,
         "lrs": lrs,
         "epochs": args.epochs,
+        "val_freq": args.val_freq,
         "global_batch": global_batch,
         "seed": args.seed,
         "select_on": args.select_on,
@@ -264,29 +286,25 @@ def run_saved(task: Task) -> dict[str, Any]:
             f"--evaluate needs a saved head, but {' and '.join(map(str, candidates))} do not exist; train one first, "
             "or name the file with --linear_weights"
         )
-    saved = read_checkpoint(path)
-    state = {name.removeprefix("module."): value for name, value in saved.get("state_dict", saved).items()}
-    if "linear.weight" not in state or "linear.bias" not in state:
-        raise InputError(f"{path} holds no linear head: no linear.weight and linear.bias under state_dict")
-    made_for = (saved.get("config") or {}).get("checkpoint_sha256")
-    if made_for is not None and made_for != task.loaded.sha256:
-        raise InputError(
-            f"{path} was trained on the checkpoint with sha256 {made_for}, but {args.pretrained_weights or 'this'} "
-            f"has {task.loaded.sha256}: give the checkpoint it belongs to"
-        )
-    form = Form(*saved["head"]["form"]) if "head" in saved else task.forms()[0]
-    weight = state["linear.weight"]
+    head = heads.read_head(path)
+    form = head.form or task.forms()[0]
+    if head.identity is not None:
+        keys = [key for key in task.identity([form]) if key != "forms"]
+        identity.require_same(
+            head.identity, task.identity([form]), identity.recorded(head.identity, keys, str(path)),
+            f"{path} was trained on other features", "Give the checkpoint, settings and classes that it belongs to",
+        )  # fmt: skip
     width = task.widths([form])[0]
-    if weight.shape[1] != width or weight.shape[0] < len(task.train.classes):
+    if head.weight.shape[1] != width or head.weight.shape[0] < len(task.train.classes):
         raise InputError(
-            f"{path} is a head of {weight.shape[1]} inputs and {weight.shape[0]} outputs; the model gives {width} with "
-            f"{form.name} and the images have {len(task.train.classes)} classes: check --n_last_blocks, "
+            f"{path} is a head of {head.weight.shape[1]} inputs and {head.weight.shape[0]} outputs; the model gives "
+            f"{width} with {form.name} and the images have {len(task.train.classes)} classes: check --n_last_blocks, "
             "--avgpool_patchtokens, --arch and --data_path"
         )
-    probe = Probe([width], [form], [1.0], weight.shape[0], 256, task.device)
-    probe.groups[0].weight.copy_(weight[None])
-    probe.groups[0].bias.copy_(state["linear.bias"][None])
-    top1, top5, loss = task.cache(task.val, [form], "val features").count(probe)[0].tolist()
+    probe = Probe([width], [form], [1.0], head.weight.shape[0], 256, task.device)
+    probe.groups[0].weight.copy_(head.weight[None])
+    probe.groups[0].bias.copy_(head.bias[None])
+    top1, top5, loss = task.cache(task.val, [form], "validation features").count(probe)[0].tolist()
     say(records.table(["head", "val top-1", "val top-5"], [[str(path), top1, top5]]))
     return task.write(
         "eval_linear_saved",
@@ -299,14 +317,15 @@ def run_logistic(task: Task) -> dict[str, Any]:
     """Logistic regression on features of uncropped images."""
     form = task.forms()[0]
     forward = {"forward": lambda images: probe_features(task.model, images, [form])[0]}
-    train = features.extract(task.model, task.train, desc="train features", **forward, **task.extraction)
-    val = features.extract(task.model, task.val, desc="val features", **forward, **task.extraction)
+    train, index = features.extract(task.model, task.train, desc="training features", **forward, **task.extraction)
+    val, val_index = features.extract(task.model, task.val, desc="validation features", **forward, **task.extraction)
     results: dict[str, Any] = {}
     if is_main_process():
         started = time.monotonic()
         results = logistic.logistic_regression(
-            train.to(task.device), torch.from_numpy(task.train.labels), val, torch.from_numpy(task.val.labels),
-            num_classes=task.args.num_labels, seed=task.args.seed,
+            train.to(task.device), torch.from_numpy(task.train.labels)[index],
+            val, torch.from_numpy(task.val.labels)[val_index],
+            num_classes=task.args.num_labels or len(task.train.classes), seed=task.args.seed,
         )  # fmt: skip
         results["seconds"] = round(time.monotonic() - started, 1)
         cells = [f"{results['penalty']:g}", results["top1"], results["top5"]]

@@ -1,7 +1,7 @@
 """Random numbers as a pure function of what they are for.
 
-Every draw of this room names the seed, its purpose and its counters (epoch, index). Nothing is kept between draws, so
-the order of samples and the crops of each do not depend on the number of workers, on the number of ranks, or on
+Every draw in this package names the seed, its purpose and its counters (epoch, index). Nothing is kept between draws,
+so the order of samples and the crops of each do not depend on the number of workers, on the number of ranks, or on
 where a resumed run starts. Philox is counter-based: a draw costs a few microseconds and neighbours are independent.
 """
 
@@ -9,13 +9,24 @@ from __future__ import annotations
 
 import numpy as np
 
+from runtime.guards import InputError
+
 # Purposes: two uses of the same (seed, epoch, index) must not see the same numbers.
-ORDER, CROPS, SUBSTITUTE, DEMO = 1, 2, 3, 4
+ORDER, CROPS, SUBSTITUTE, DEMO, SPLIT = 1, 2, 3, 4, 5
+
+SEEDS = 2**63  # seeds are 0 .. SEEDS - 1; beyond, numpy would turn the key into a float and different seeds collide
+
+
+def check_seed(seed: int, flag: str = "--seed") -> int:
+    """The seed itself. Raises `InputError` unless it is a whole number from 0 to 2**63 - 1."""
+    if not 0 <= seed < SEEDS or int(seed) != seed:
+        raise InputError(f"{flag} {seed}: give a whole number from 0 to {SEEDS - 1}")
+    return int(seed)
 
 
 def raw_words(count: int, seed: int, purpose: int, epoch: int = 0, index: int = 0) -> np.ndarray:
     """`count` uniform 64-bit words (uint64) for this seed, purpose, epoch and index."""
-    generator = np.random.Philox(key=[seed % 2**64, purpose], counter=[0, epoch, index, 0])
+    generator = np.random.Philox(key=[check_seed(seed), purpose], counter=[0, epoch, index, 0])
     return generator.random_raw(count)
 
 

@@ -1,8 +1,13 @@
-"""DataLoader wiring: which worker makes which batch, and how batches reach the training loop."""
+"""The loader: worker processes that make whole batches, and how batches reach the device.
+
+`build_loader` is torch's DataLoader for any data set that makes a whole batch at a time. It keeps workers alive while
+the training process handles a signal, and turns what goes wrong in a worker into an error of one line.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -12,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from data.augment import CropSpec
 from data.colour import IMAGENET_MEAN, IMAGENET_STD
@@ -43,7 +48,7 @@ def build_train_loader(
 def ahead_on_device(batches: Iterable[CropBatch], device: torch.device) -> Iterator[CropBatch]:
     """The batches with their crops on `device`; on CUDA each travels while the step before it computes.
 
-    The copy runs in a stream of its own, from pinned memory (`pin_memory` of `build_train_loader`).
+    The copy runs in its own stream, from pinned memory (`pin_memory` of `build_train_loader`).
     """
     if device.type != "cuda":
         for batch in batches:
@@ -75,10 +80,16 @@ def build_eval_loader(
     resize: int = 256,
     indices: Sequence[int] | np.ndarray | None = None,
     pin_memory: bool = False,
+    on_bad_image: str = "raise",
 ) -> Loader:
-    """uint8 images (B, C, S, S) and their indices (B,), in order; `indices` limits it to a part, in that order."""
+    """uint8 images (B, C, S, S) and their indices (B,), in order; `indices` limits it to a part, in that order.
+
+    on_bad_image: see `EvalSet`. With "skip" the images that never come are the bad ones; a batch may be empty.
+    """
     indices = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
-    return build_loader(EvalSet(source, img_size, resize), _InOrder(indices, batch_size), num_workers, pin_memory, 2)
+    return build_loader(
+        EvalSet(source, img_size, resize, on_bad_image), _InOrder(indices, batch_size), num_workers, pin_memory
+    )
 
 
 class _InOrder:
@@ -107,10 +118,21 @@ def normalize(
     return (images * scale + shift).to(dtype)
 
 
-# ---- common ----
+# ---- any data set ----
 
 
-def build_loader(dataset: Dataset, batch_sampler, num_workers: int, pin_memory: bool, prefetch_factor: int) -> Loader:
+def build_loader(
+    dataset: Dataset,
+    batch_sampler: Iterable,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    prefetch_factor: int = 2,
+) -> Loader:
+    """A loader over any data set whose `__getitems__(batch of the sampler)` returns a whole batch.
+
+    The batch may be a tensor, or (named) tuples and lists of tensors. An `InputError` that the data set raises in a
+    worker arrives as one here; a lost worker or a full /dev/shm is a `RunStopped`.
+    """
     if num_workers < 0:
         raise InputError(f"--num_workers {num_workers}: give 0 (load in the training process) or more")
     return Loader(
@@ -149,7 +171,7 @@ class Loader(DataLoader):
                     "memory: use fewer --num_workers, or ask the scheduler for more memory or a larger /dev/shm"
                 ) from error
             if isinstance(batch, _Refusal):
-                raise InputError(batch.message)
+                raise (InputError if batch.bad_input else RunStopped)(batch.message)
             yield batch
 
 
@@ -162,7 +184,7 @@ def _worker_is_gone(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def _own_child_signal() -> Iterator[None]:
-    """Take back torch's handler of SIGCHLD, which raises wherever the program is when a worker dies, in a save as well.
+    """Restore SIGCHLD's handler: torch's raises wherever the program is when a worker dies, even in a save.
 
     Without it the loop learns of a lost worker when it waits for its batch: torch looks every 5 seconds.
     """
@@ -177,13 +199,14 @@ def _own_child_signal() -> Iterator[None]:
 
 
 class _Refusal(NamedTuple):
-    """An `InputError` on its way from a worker: raised there, torch would wrap it in a traceback."""
+    """An error on its way from a worker: raised there, torch would wrap it in a traceback."""
 
     message: str
+    bad_input: bool  # an `InputError`; else the run can't go on for another reason
 
 
 class _Answering(Dataset):
-    """A data set that answers with a `_Refusal` where it would raise `InputError`."""
+    """A data set that returns a `_Refusal` instead of raising `InputError`, or an error for want of shared memory."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
@@ -193,9 +216,29 @@ class _Answering(Dataset):
 
     def __getitems__(self, indices):
         try:
-            return self.dataset.__getitems__(indices)
+            batch = self.dataset.__getitems__(indices)
+            if get_worker_info() is not None:
+                _share(batch)
+            return batch
         except InputError as error:
-            return _Refusal(str(error))
+            return _Refusal(str(error), True)
+        except (RuntimeError, OSError) as error:
+            if get_worker_info() is None or os.strerror(errno.ENOSPC) not in str(error):
+                raise
+            return _Refusal(
+                "the shared memory that loader workers pass images through is full (/dev/shm): use fewer "
+                "--num_workers or a smaller batch, or enlarge it (docker run --shm-size 16g)",
+                False,
+            )
+
+
+def _share(batch) -> None:
+    """Move tensors into shared memory here: in the queue's own thread a failure would leave the reader waiting."""
+    if isinstance(batch, torch.Tensor):
+        batch.share_memory_()
+    elif isinstance(batch, (tuple, list)):
+        for part in batch:
+            _share(part)
 
 
 def _as_it_is(batch):

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from data.draws import permutation
+from data.draws import check_seed, permutation
 from runtime.guards import InputError
 
 
@@ -33,7 +33,7 @@ class TrainSampler:
         if not 0 <= rank < world_size:
             raise InputError(f"rank {rank} is not one of the {world_size} ranks 0..{world_size - 1}")
         self.num_samples, self.batch_size, self.accum = num_samples, batch_size, accum
-        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.seed, self.rank, self.world_size = check_seed(seed), rank, world_size
         self.global_batch = batch_size * accum * world_size
         self.steps_per_epoch = num_samples // self.global_batch
         if self.steps_per_epoch == 0:

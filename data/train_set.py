@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from data.augment import CropSpec, MultiCrop, colour_parameters, crop_memory
 from data.decode import BadImage
-from data.draws import SUBSTITUTE, raw_words
+from data.draws import SUBSTITUTE, check_seed, raw_words
 from data.source import ImageSource
 from runtime.guards import InputError
 
@@ -53,7 +53,7 @@ class TrainSet(Dataset):
             raise InputError(
                 f"the images have {source.in_chans} channels and the crops {spec.in_chans}: see --in_chans"
             )
-        self.source, self.spec, self.seed, self.on_bad_image = source, spec, seed, on_bad_image
+        self.source, self.spec, self.seed, self.on_bad_image = source, spec, check_seed(seed), on_bad_image
         self._multicrop = MultiCrop(spec)
 
     def __len__(self) -> int:

@@ -63,10 +63,13 @@ def cache(
     """
     indices = np.arange(len(source)) if indices is None else indices
     mine = indices[shard_for_eval(len(indices), get_rank(), get_world_size())]
-    joined, _ = features.extract_shard(
+    share = features.extract_shard(
         model, source, indices=mine, desc=desc,
         forward=lambda images: torch.cat(probe_features(model, images, forms), dim=1),
         **extraction,
     )  # fmt: skip
+    if extraction.get("on_bad_image") == "skip":
+        features.report_skipped(source, share.bad, desc.removesuffix(" features"))
+    joined = share.features
     parts = joined.split(list(widths), dim=1) if len(joined) else [joined.new_empty(0, width) for width in widths]
-    return Cached([part.contiguous() for part in parts], torch.from_numpy(source.labels[mine]))
+    return Cached([part.contiguous() for part in parts], torch.from_numpy(source.labels[share.index.numpy()]))

@@ -1,6 +1,7 @@
-"""Training images of a linear probe: one random crop each, flipped half of the time (the published transform).
+"""Training images of a linear probe: one random crop of each, flipped half of the time (the published transform).
 
-A crop is a function of (seed, epoch, index), as in pretraining, so that a resumed probe sees the images it would have.
+The crop is torchvision's RandomResizedCrop at its defaults, so bilinear, unlike the bicubic crops of pretraining. It is
+a function of (seed, epoch, index), so that a resumed probe sees the images that it would have seen.
 """
 
 from __future__ import annotations
@@ -10,18 +11,19 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from data.augment import as_batch, crop_box, resize
+from data.augment import as_batch, crop_box
 from data.decode import BadImage
 from data.draws import uniforms
+from data.loader import Loader, build_loader
 from data.sampler import TrainSampler
 from data.source import ImageSource
 from runtime.guards import InputError
 
 SCALE = (0.08, 1.0)  # part of the image's area, RandomResizedCrop's default
-_PURPOSE = 101  # of these draws: apart from pretraining's
-_DRAWS = 23  # of a box (see data.augment.crop_box), and the flip last
+_PURPOSE = 101  # keeps these draws apart from pretraining's
+_DRAWS = 23  # what data.augment.crop_box takes, and the flip last
 
 
 class ProbeSet(Dataset):
@@ -48,29 +50,24 @@ class ProbeSet(Dataset):
             pixels = self.source.load(index)
         except BadImage as error:
             raise InputError(
-                f"{self.source.name(index)} {error}: an evaluation leaves no image out; mend or remove it"
+                f"{self.source.name(index)} {error}: an evaluation leaves no image out; fix or remove it, or give "
+                "--on_bad_image skip (python -m tools.check_images lists such files)"
             ) from error
         top, left, height, width = crop_box(draws, SCALE, *pixels.shape[:2])
-        crop = as_batch(pixels)[:, :, top : top + height, left : left + width]
-        crop = resize(crop, self.img_size, self.img_size)[0]
+        crop = resize_bilinear(as_batch(pixels)[:, :, top : top + height, left : left + width], self.img_size)[0]
         return crop.flip(-1) if draws[-1] < 0.5 else crop
+
+
+def resize_bilinear(image: Tensor, side: int) -> Tensor:
+    """(1, C, H, W) uint8 -> (1, C, side, side) uint8, antialiased bilinear, Pillow's filter."""
+    if image.shape[-2:] == (side, side):
+        return image
+    return torch.ops.aten._upsample_bilinear2d_aa(image, (side, side), False)
 
 
 def build_probe_loader(
     source: ImageSource, indices: np.ndarray, sampler: TrainSampler, img_size: int, num_workers: int, seed: int,
     pin_memory: bool = False,
-) -> DataLoader:  # fmt: skip
+) -> Loader:  # fmt: skip
     """Batches of (crops, labels); each iteration is one epoch from the sampler's position."""
-    return DataLoader(
-        ProbeSet(source, indices, img_size, seed),
-        batch_sampler=sampler,
-        num_workers=num_workers,
-        collate_fn=_whole,
-        pin_memory=pin_memory,
-        persistent_workers=num_workers > 0,
-    )
-
-
-def _whole(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The data set makes whole batches."""
-    return batch
+    return build_loader(ProbeSet(source, indices, img_size, seed), sampler, num_workers, pin_memory)

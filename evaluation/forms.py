@@ -1,6 +1,6 @@
 """What a linear head sees: forms of a frozen model's features.
 
-Letters: B batch, D width of one form of the features.
+Letters: B batch, D width of one block's tokens.
 """
 
 from __future__ import annotations
@@ -39,16 +39,18 @@ def default_forms(model: nn.Module) -> list[Form]:
 
 
 def probe_features(model: nn.Module, images: Tensor, forms: Sequence[Form]) -> list[Tensor]:
-    """One (B, D) tensor per form, from one pass of the model over (B, C, H, W).
+    """One (B, width) tensor per form, from one pass of the model over (B, C, H, W).
 
     Raises ValueError for a form that the model does not have.
     """
     if not has_cls_token(model):
-        if any(form != Form() for form in forms):
-            raise ValueError(
-                f"{type(model).__name__} without a [CLS] token has one feature per image: give n_last_blocks 1 and "
-                "avgpool_patchtokens false"
-            )
+        for form in forms:
+            if form != Form():
+                asked = f"n_last_blocks {form.n}" if form.n > 1 else "avgpool_patchtokens true"
+                raise ValueError(
+                    f"{asked} combines [CLS] tokens, and this model ({type(model).__name__}, {_pooling(model)}) has "
+                    "none, only one feature per image: leave --n_last_blocks and --avgpool_patchtokens out"
+                )
         return [model(images)] * len(forms)
     deepest = max(form.n for form in forms)
     if deepest > len(model.blocks):
@@ -56,8 +58,34 @@ def probe_features(model: nn.Module, images: Tensor, forms: Sequence[Form]) -> l
     layers = model.get_intermediate_layers(images, deepest)  # normed tokens, the last block at the end
     features = []
     for form in forms:
-        parts = [tokens[:, 0] for tokens in layers[-form.n :]]
-        if form.avgpool:
-            parts.append(layers[-1][:, 1:].mean(dim=1))
-        features.append(torch.cat(parts, dim=1))
+        cls = torch.cat([tokens[:, 0] for tokens in layers[-form.n :]], dim=1)  # (B, n * D)
+        features.append(with_mean_patch(cls, layers[-1][:, 1:].mean(dim=1)) if form.avgpool else cls)
     return features
+
+
+def with_mean_patch(cls: Tensor, mean: Tensor) -> Tensor:
+    """[CLS] (B, n * D) and the mean patch token (B, D) in the order of DINO's published heads.
+
+    With one block DINO interleaves the two, c0 m0 c1 m1 ..., and so must every head that its evaluator and ours are to
+    read alike. With several blocks its code fails, so there the order is ours: the mean follows.
+    """
+    if cls.shape == mean.shape:
+        return torch.stack([cls, mean], dim=-1).flatten(1)
+    return torch.cat([cls, mean], dim=1)
+
+
+def interleaved_weight(weight: Tensor) -> Tensor:
+    """A head's weight (C, 2 * D) on [CLS] followed by the mean, for features in the order of `with_mean_patch`."""
+    cls, mean = weight.chunk(2, dim=1)
+    return with_mean_patch(cls, mean)
+
+
+def form_widths(model: nn.Module, forms: Sequence[Form], side: int, in_chans: int, device: torch.device) -> list[int]:
+    """Width of each form's features, found on a blank image. Raises ValueError as `probe_features` does."""
+    blank = torch.zeros(2, in_chans, side, side, device=device)
+    with torch.no_grad():
+        return [x.shape[1] for x in probe_features(model, blank, forms)]
+
+
+def _pooling(model: nn.Module) -> str:
+    return "SimPool" if hasattr(model, "simpool") else "mean pooling"

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data.source import ImageSource
 from evaluation import features
 from evaluation.neighbours import CHUNK_BYTES, Neighbours, merge_ranks, nearest
 from runtime.distributed import all_gather_objects, get_rank, get_world_size, is_dist_avail_and_initialized
@@ -170,8 +171,8 @@ def knn_classifier(
 
 def evaluate(
     model: torch.nn.Module,
-    train_source,
-    val_source,
+    train_source: ImageSource,
+    val_source: ImageSource,
     ks: Sequence[int] = (10, 20, 100, 200),
     T: float = 0.07,
     *,
@@ -181,12 +182,14 @@ def evaluate(
     batch_size: int = 128,
     num_workers: int = 4,
     amp_dtype: torch.dtype | None = None,
+    on_bad_image: str = "skip",
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[int, tuple[float, float]]:
     """k-NN of a model on two labelled image sources: {k: (top-1, top-5)}. All ranks take part, and all get the answer.
 
-    The model is put in eval mode and returned to the mode it was in. Raises features.Interrupted, on all ranks, where
-    `should_stop` said so on any of them before its features were there.
+    The model is put in eval mode and returned to the mode it was in. This is the evaluation of a run under way, so a
+    file that can't be used is left out, and the output says how many were; on_bad_image "raise" stops at it instead.
+    Raises features.Interrupted, on all ranks, if `should_stop` said so on any of them before its features were there.
     """
     settings = {
         "img_size": img_size,
@@ -196,6 +199,7 @@ def evaluate(
         "device": device,
         "amp_dtype": amp_dtype,
         "show_progress": False,
+        "on_bad_image": on_bad_image,
         "should_stop": should_stop,
     }
     features.require_labels(train_source, val_source)
@@ -204,17 +208,21 @@ def evaluate(
         shares = [features.extract_shard(model, source, **settings) for source in (train_source, val_source)]
     if not all(all_gather_objects(shares is not None)):
         raise features.Interrupted
-    (train, index), (test_share, _) = shares
-    test = features.gather_shards(test_share, len(val_source))
+    train, val = shares
+    if on_bad_image == "skip":
+        features.report_skipped(train_source, train.bad, "training")
+        features.report_skipped(val_source, val.bad, "validation")
+    test = features.gather_shards(val.features)
     if device is not None and device.type == "cuda":
         test = test.to(device)
     results = knn_accuracies(
-        features.normalize_rows_(train),
-        torch.as_tensor(train_source.labels)[index],
+        features.normalize_rows_(train.features),
+        torch.as_tensor(train_source.labels)[train.index],
         features.normalize_rows_(test),
-        torch.as_tensor(val_source.labels),
+        torch.as_tensor(val_source.labels)[features.gather_shards(val.index)],
         ks,
         [T],
+        len(train_source.classes),
         sharded=True,
     )
     return {k: accuracy for (k, _), accuracy in results.items()}

@@ -59,7 +59,7 @@ def low_shot_knn(
 
     `draw` "files" follows AttMask: file order from the starts of LOW_SHOT_STARTS (other nu: 0, nu, 2 nu ...);
     "random": seeded draws, run r from seed + r. Returns {nu: {"k", "runs": [top-1 ...], "mean", "std"}}, the sample
-    standard deviation over the runs.
+    standard deviation over the runs (NaN for one run).
     `sharded`: every rank calls with all features, classifies its share of the queries, and gets the same answer.
     """
     if draw not in ("files", "random"):
@@ -87,7 +87,7 @@ def low_shot_knn(
     everywhere = all_gather_objects(hits) if world > 1 else [hits]
     for nu in nus:
         top1 = (100 * np.sum([of_rank[nu] for of_rank in everywhere], axis=0) / len(test_labels)).tolist()
-        spread = float(np.std(top1, ddof=1))
+        spread = float(np.std(top1, ddof=1)) if len(top1) > 1 else float("nan")
         results[nu] = {"k": _low_shot_k(nu), "runs": top1, "mean": float(np.mean(top1)), "std": spread}
     return results
 

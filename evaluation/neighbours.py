@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from runtime.distributed import get_world_size
+from runtime.hardware import FLOAT32_LEVEL, product_error
 
 CHUNK_BYTES = 128 << 20  # bound of each large temporary: a block of training features, a chunk of similarities
 
@@ -29,23 +29,12 @@ class Neighbours(NamedTuple):
 
 @functools.cache
 def fastest_exact_precision(device_type: str) -> str:
-    """The fastest float32 matmul setting whose products have fp32-level error here.
+    """The fastest float32 matmul setting whose products have float32's error here.
 
     "medium" takes another CPU library, about twice as fast and as exact, except on processors with AMX, where it
-    multiplies in bf16 (measured error 6e-4 on unit vectors, which reorders neighbours). TF32 on a GPU does likewise.
+    multiplies in bf16 (measured error 6e-4 on unit vectors, which reorders neighbours). TF32 on a GPU does the same.
     """
-    if device_type != "cpu":
-        return "highest"
-    generator = torch.Generator().manual_seed(0)
-    a = F.normalize(torch.randn(64, 384, generator=generator), dim=1)
-    b = F.normalize(torch.randn(512, 384, generator=generator), dim=1)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        error = (a @ b.T - a.double() @ b.double().T).abs().max().item()
-    finally:
-        torch.set_float32_matmul_precision(before)
-    return "medium" if error < 2e-6 else "highest"
+    return "medium" if device_type == "cpu" and product_error("medium") < FLOAT32_LEVEL else "highest"
 
 
 @contextlib.contextmanager

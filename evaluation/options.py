@@ -1,17 +1,17 @@
-"""The flags that all evaluation programs share: which checkpoint, which model, which images."""
+"""The flags that all evaluation programs share: which checkpoint, which model, which images; and their checks."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from data.eval_set import ON_BAD_IMAGE
 from evaluation.features import eval_resize
-from runtime.checkpoint import file_sha256
 from runtime.cli import HelpFormatter, add_flag, add_launcher_flags, float_or_none
 from runtime.guards import InputError
 
@@ -19,6 +19,8 @@ MODEL_FLAGS = (
     "arch", "mode", "gamma", "patch_size", "img_size", "in_chans", "embed_dim", "depth", "num_heads",
     "pos_embed_policy", "value_min",
 )  # fmt: skip
+LARGEST_SIDE = 16_384  # pixels; a mistyped size fails here and not in the allocator
+AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def gamma_flag(value: str) -> str | float | None:
@@ -37,7 +39,7 @@ def evaluation_parser(title: str) -> argparse.ArgumentParser:
 
 
 def add_checkpoint_flags(parser: argparse.ArgumentParser, many: bool = False) -> None:
-    """Checkpoint(s) and model: a flag is needed only where no checkpoint says it; one that contradicts is an error."""
+    """Checkpoint(s) and model: a flag is needed only if no checkpoint tells; one that contradicts it is an error."""
     group = parser.add_argument_group("checkpoint and model (the checkpoint tells; needed only without one)")
     if many:
         add_flag(group, "--pretrained_weights", nargs="*", default=[],
@@ -68,18 +70,28 @@ def add_run_flags(parser: argparse.ArgumentParser, batch_size: int = 128) -> Non
     group = parser.add_argument_group("images and output")
     add_flag(group, "--data_path", default="/path/to/imagenet/",
              help="root with train/ and val/, a list, tar shards, or demo")  # fmt: skip
+    add_flag(group, "--val_fraction", type=float, default=None,
+             help="images without a split: hold out this part of each class as val, such as 0.1")  # fmt: skip
+    add_flag(group, "--on_bad_image", choices=ON_BAD_IMAGE, default="raise",
+             help="raise: stop at a file that can't be used; skip: leave it out, and say how many were")  # fmt: skip
     add_flag(group, "--output_dir", default=None, help="folder for results (default: beside the checkpoint)")
     group = parser.add_argument_group("running")
     add_flag(group, "--batch_size_per_gpu", type=int, default=batch_size, help="images per process and step")
     add_flag(group, "--num_workers", type=int, default=default_workers(),
              help="loader processes per rank (default: 10, or the number of processors)")  # fmt: skip
-    add_flag(group, "--amp", choices=("none", "bf16", "fp16"), default="none",
-             help="reduced precision in the backbone; none is float32")  # fmt: skip
+    add_flag(group, "--amp", choices=tuple(AMP_DTYPES), default=None,
+             help="reduced precision in the backbone (default: none, which is float32)")  # fmt: skip
     add_launcher_flags(group)
 
 
 def model_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """What the user said of the model, for `utils.load_checkpoint_model`."""
+    """What the user said of the model, for `load_checkpoint_model`. Raises InputError for sizes that make no model."""
+    for name in ("patch_size", "img_size", "in_chans", "embed_dim", "depth", "num_heads"):
+        if getattr(args, name) is not None:
+            check_positive(args, name)
+    check_side(args, "img_size")
+    if isinstance(args.gamma, float) and not (math.isfinite(args.gamma) and args.gamma > 0):
+        raise InputError(f"--gamma {args.gamma:g}: give a number above 0, None or auto")
     return {name: getattr(args, name) for name in MODEL_FLAGS}
 
 
@@ -103,13 +115,22 @@ def extraction(args: argparse.Namespace, config: Mapping[str, Any]) -> dict[str,
         "resize": eval_resize(side),
         "batch_size": args.batch_size_per_gpu,
         "num_workers": args.num_workers,
-        "dtype": torch.float16 if getattr(args, "features_dtype", "fp32") == "fp16" else torch.float32,
-        "amp_dtype": {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp],
+        "dtype": torch.float16 if getattr(args, "features_dtype", None) == "fp16" else torch.float32,
+        "amp_dtype": AMP_DTYPES[args.amp or "none"],
+        "on_bad_image": args.on_bad_image,
     }
 
 
+def numerics(args: argparse.Namespace, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the settings that change features, as they are recorded."""
+    side = input_side(config)
+    return {
+        "img_size": side, "resize": eval_resize(side), "amp": args.amp or "none", "on_bad_image": args.on_bad_image,
+    }  # fmt: skip
+
+
 def describe(loaded: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """What a JSON of results says of the model (a `utils.LoadedModel`)."""
+    """What a JSON of results says of the model (a `LoadedModel`)."""
     return {
         "checkpoint": str(loaded.path) or None,
         "checkpoint_sha256": loaded.sha256,
@@ -119,22 +140,39 @@ def describe(loaded: Any, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def sha256(path: str) -> str:
-    """Hash of a checkpoint file. Raises InputError where there is none."""
-    if not Path(path).is_file():
-        raise InputError(f"checkpoint {path} does not exist; check --pretrained_weights")
-    return file_sha256(path)
-
-
-def complete(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The arguments with the parser's defaults for what is absent: scripts of DINO's pass fewer."""
+def with_defaults(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments, and the parser's default for each one that is absent: DINO's scripts pass fewer."""
     return argparse.Namespace(**{**vars(parser.parse_args([])), **vars(args)})
 
 
 def check_positive(args: argparse.Namespace, *names: str) -> None:
-    """Raise InputError unless each named argument is at least 1."""
+    """Raise InputError unless each named whole number is at least 1."""
     for name in names:
         value = getattr(args, name)
         values = value if isinstance(value, list) else [value]
-        if not values or min(values) < 1:
+        if not values or not all(v >= 1 for v in values):
             raise InputError(f"--{name} {' '.join(map(str, values))}: give at least 1")
+
+
+def check_above_zero(args: argparse.Namespace, *names: str) -> None:
+    """Raise InputError unless each named number is finite and above 0; NaN is neither."""
+    for name in names:
+        value = getattr(args, name)
+        for v in value if isinstance(value, list) else [value]:
+            if not (math.isfinite(v) and v > 0):
+                raise InputError(f"--{name} {v:g}: give a number above 0")
+
+
+def check_side(args: argparse.Namespace, name: str) -> None:
+    """Raise InputError for an image side that no memory holds."""
+    value = getattr(args, name)
+    for side in value if isinstance(value, list) else [value]:
+        if side is not None and side > LARGEST_SIDE:
+            raise InputError(f"--{name} {side}: images of more than {LARGEST_SIDE} pixels a side are not supported")
+
+
+def check_run(args: argparse.Namespace) -> None:
+    """The checks of what `add_run_flags` adds."""
+    check_positive(args, "batch_size_per_gpu")
+    if args.val_fraction is not None and not 0 < args.val_fraction < 1:
+        raise InputError(f"--val_fraction {args.val_fraction:g}: give the part to hold out, between 0 and 1")

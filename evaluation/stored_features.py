@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from data.source import ImageSource
-from runtime.checkpoint import write_atomic, write_json_atomic
+from evaluation import identity
+from runtime.checkpoint import check_writable, write_atomic, write_json_atomic
 from runtime.guards import InputError
 from runtime.terminal import say
 
@@ -38,24 +40,22 @@ class FeatureSet:
 def dump_features(folder: str | Path, features: FeatureSet) -> None:
     """Write the four tensors under the published names, and features.json, which says what made them."""
     folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--dump_features {folder} can't be created ({error.strerror}): give another folder") from None
+    folder.mkdir(parents=True, exist_ok=True)
     tensors = (features.train_features, features.test_features, features.train_labels, features.test_labels)
-    (folder / DESCRIPTION_FILE).unlink(missing_ok=True)  # never beside tensors that it does not describe
+    (folder / DESCRIPTION_FILE).unlink(missing_ok=True)  # never next to tensors that it does not describe
     for name, tensor in zip(TENSOR_FILES, tensors, strict=True):
         write_atomic(folder / name, lambda path, tensor=tensor: torch.save(tensor.cpu(), path))
     shapes = {"train_shape": list(tensors[0].shape), "test_shape": list(tensors[1].shape)}
     write_json_atomic(folder / DESCRIPTION_FILE, {**features.description, **shapes})
 
 
-def load_features(folder: str | Path, expected: dict[str, Any]) -> FeatureSet:
+def load_features(folder: str | Path, expected: Mapping[str, Any] | None = None) -> FeatureSet:
     """Read what `dump_features`, or the published code, wrote.
 
-    expected: entries that the description must agree on (checkpoint hash, data fingerprints, ...); None is not
-    compared. Raises InputError where a file is missing or damaged, tensors do not fit each other, or the features are
-    those of another checkpoint or other images. Files without a description are used with a message that says so.
+    expected: what made the features that are wanted (evaluation.identity); whatever it holds must agree. Raises
+    InputError if a file is missing or damaged, if tensors do not belong together, or if the features are those of
+    another checkpoint, other settings or other images. Files without a description are used, and the output says that
+    they cannot be checked.
     """
     folder = Path(folder)
     tensors = [_read_tensor(folder / name) for name in TENSOR_FILES]
@@ -66,20 +66,42 @@ def load_features(folder: str | Path, expected: dict[str, Any]) -> FeatureSet:
                 f"{folder}: {name} features {tuple(features.shape)} and labels {tuple(labels.shape)} do not belong "
                 "together; dump them again with --dump_features"
             )
-    description_file = folder / DESCRIPTION_FILE
-    if not description_file.is_file():
+        if not features.is_floating_point() or labels.is_floating_point():
+            raise InputError(
+                f"{folder}: {name} features are {features.dtype} and labels {labels.dtype}; dump them again with "
+                "--dump_features"
+            )
+    description = _read_description(folder)
+    if description is None:
         say(f"{folder} has no {DESCRIPTION_FILE}: these features cannot be checked against a checkpoint or data set")
         return FeatureSet(train, test, train_labels.long(), test_labels.long(), {})
-    description = json.loads(description_file.read_text())
     if description.get("train_shape") != list(train.shape) or description.get("test_shape") != list(test.shape):
         raise InputError(f"{folder}: {DESCRIPTION_FILE} describes other tensors; dump them again with --dump_features")
-    for key, value in expected.items():
-        if value is not None and description.get(key) != value:
-            raise InputError(
-                f"the features in {folder} were made with {key} {description.get(key)!r}, but this run has {value!r}: "
-                "give the checkpoint, settings and data that made them, or leave out --load_features"
-            )
+    if expected:
+        identity.require_same(
+            description, expected, identity.recorded(description, expected, str(folder / DESCRIPTION_FILE)),
+            f"the features in {folder} were made otherwise",
+            "Give the checkpoint, settings and data that made them, or leave out --load_features",
+        )  # fmt: skip
     return FeatureSet(train, test, train_labels.long(), test_labels.long(), description)
+
+
+def _read_description(folder: Path) -> dict[str, Any] | None:
+    """features.json, None if there is none. Raises InputError if it is no description of ours."""
+    path = folder / DESCRIPTION_FILE
+    if not path.is_file():
+        return None
+    remedy = "dump the features again with --dump_features"
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} can't be read ({type(error).__name__}): {remedy}") from error
+    if not isinstance(description, dict):
+        raise InputError(f"{path} holds a {type(description).__name__} and not an object: {remedy}")
+    classes = description.get("classes")
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
+        raise InputError(f"{path}: classes is not a list of names: {remedy}")
+    return description
 
 
 def _read_tensor(path: Path) -> Tensor:
@@ -94,27 +116,35 @@ def _read_tensor(path: Path) -> Tensor:
     return tensor
 
 
-def write_embeddings(
-    path: str | Path, features: Tensor, source: ImageSource, description: dict[str, Any]
-) -> list[Path]:
-    """Features with the names of their images: one .npz, or an .npy with a .csv of names beside it; returns the files.
-
-    .npz: `features` (N, D), `names` (N,), `labels` (N,) where there are any, `description` (JSON text).
-    .csv: columns index, name and, where there are any, label and class; the description lies beside it as .json.
-    """
+def check_embeddings_path(path: str | Path) -> None:
+    """Raise InputError unless `write_embeddings` can write to `path`: tried before anything is computed."""
     path = Path(path)
     if path.suffix not in (".npz", ".npy"):
         raise InputError(f"--embed {path}: the file must end in .npz, or in .npy (names then go to a .csv beside it)")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--embed {path} can't be written ({error.strerror}): give another folder") from None
+    if path.is_dir():
+        raise InputError(f"--embed {path} is a folder: give the name of a file")
+    check_writable(path.parent, "--embed")
+
+
+def write_embeddings(
+    path: str | Path, features: Tensor, source: ImageSource, description: dict[str, Any], index: Tensor | None = None
+) -> list[Path]:
+    """Features with the names of their images: one .npz, or an .npy with a .csv of names beside it; returns the files.
+
+    index: which image of the source each row is of, by default all in order.
+    .npz: `features` (N, D), `names` (N,), `labels` (N,) if there are any, `description` (JSON text).
+    .csv: columns index, name and, if there are labels, label and class; the description goes to a .json.
+    """
+    path = Path(path)
+    check_embeddings_path(path)
+    rows = range(len(source)) if index is None else index.tolist()
+    source_labels = None if source.labels is None else source.labels[list(rows)]
     array = features.numpy()
-    names = [source.name(i) for i in range(len(source))]
+    names = [source.name(i) for i in rows]
     if path.suffix == ".npz":
         columns = {"features": array, "names": np.array(names), "description": np.array(json.dumps(description))}
-        if source.labels is not None:
-            columns["labels"] = source.labels
+        if source_labels is not None:
+            columns["labels"] = source_labels
 
         def write_npz(temporary: Path) -> None:
             with open(temporary, "wb") as file:
@@ -130,7 +160,7 @@ def write_embeddings(
     def write_names(temporary: Path) -> None:
         with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.writer(file)
-            labels = source.labels
+            labels = source_labels
             writer.writerow(["index", "name"] + (["label", "class"] if labels is not None else []))
             for i, name in enumerate(names):
                 row = [i, name] + ([int(labels[i]), source.classes[labels[i]]] if labels is not None else [])

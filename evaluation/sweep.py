@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data.loader import normalize
-from evaluation import plots, records
+from evaluation import heads, identity, plots, records
 from evaluation.forms import probe_features
 from evaluation.linear import Probe
 from runtime.checkpoint import read_checkpoint, save_on_master
@@ -58,11 +58,21 @@ def gather_batch(batch: list[Tensor], target: Tensor) -> tuple[list[Tensor], Ten
     return [part.contiguous() for part in torch.cat(pieces).split(widths, dim=1)], torch.cat(targets)
 
 
+def end_of_grid(best: float, lrs: Iterable[float]) -> str | None:
+    """A note if the best rate is the smallest or largest of several that were tried: a better one may lie beyond."""
+    tried = sorted(set(lrs))
+    if len(tried) < 2 or best not in (tried[0], tried[-1]):
+        return None
+    side, factors = ("largest", (3, 10)) if best == tried[-1] else ("smallest", (0.3, 0.1))
+    further = " ".join(f"{best * factor:g}" for factor in factors)
+    return f"note: the best rate, {best:g}, is the {side} that was tried; try further ones too: --lr {further}"
+
+
 class Sweep:
     """A sweep's record: the best head so far, the numbers of the last validation, and the files."""
 
-    def __init__(self, folder: Path, probe: Probe, identity: dict[str, Any]):
-        self.folder, self.probe, self.identity = folder, probe, identity
+    def __init__(self, folder: Path, probe: Probe, made_by: dict[str, Any]):
+        self.folder, self.probe, self.identity = folder, probe, made_by
         self.best: dict[str, Any] = {"selection_top1": -1.0}
         self.rows: list[dict[str, Any]] = []
         self.last_path, self.best_path = folder / "checkpoint.pth.tar", folder / "best.pth.tar"
@@ -71,7 +81,7 @@ class Sweep:
         self.started = time.monotonic()
 
     def resume(self) -> int:
-        """Continue from checkpoint.pth.tar where there is one; returns the first epoch to train."""
+        """Continue from checkpoint.pth.tar if there is one; returns the first epoch to train."""
         if not self.last_path.is_file():
             return 0
         saved = read_checkpoint(self.last_path)
@@ -81,12 +91,10 @@ class Sweep:
                 f"{self.last_path} is a published head, which cannot be resumed here: give another --output_dir, or "
                 "validate it with --evaluate"
             )
-        for key, value in self.identity.items():
-            if theirs.get(key) != value:
-                raise InputError(
-                    f"{self.last_path} was made with {key} {theirs.get(key)!r}, this run has {value!r}: give another "
-                    "--output_dir, or remove the file to start anew"
-                )
+        identity.require_same(
+            theirs, self.identity, self.identity, f"{self.last_path} is of another run",
+            "Restore the settings, give another --output_dir, or remove the file to start over",
+        )  # fmt: skip
         with input_errors(str(self.last_path)):
             self.probe.load(saved["optimizer"]["heads"])
         self.best, self.rows = saved["best"], saved["rows"]
@@ -123,15 +131,11 @@ class Sweep:
             f"{row['val_top1']:.2f}, top-5 {row['val_top5']:.2f}"
         )
 
-    def _content(self, epoch: int, head: int) -> dict[str, Any]:
+    def _content(self, epoch: int, number: int) -> dict[str, Any]:
         """One head under the published names, and what made it."""
-        return {
-            "epoch": epoch,
-            "state_dict": self.probe.classifier(head),
-            "best_acc": self.best.get("val_top1", 0.0),
-            "head": {"form": list(self.probe.heads[head].form), "lr": self.probe.heads[head].lr},
-            "config": self.identity,
-        }
+        head = self.probe.heads[number]
+        content = heads.head_content(self.probe.classifier(number), head.form, head.lr, self.identity)
+        return {"epoch": epoch, "best_acc": self.best.get("val_top1", 0.0), **content}
 
     def save(self, epoch: int) -> None:
         """checkpoint.pth.tar: the leading head as it is now, and all that is needed to continue."""
@@ -155,6 +159,9 @@ class Sweep:
             f"selected on {selected_on}: {best['head']} at epoch {best['epoch']}: "
             f"val top-1 {best['val_top1']:.2f}, top-5 {best['val_top5']:.2f}"
         )
+        note = end_of_grid(best["lr"], [row["lr"] for row in self.rows])
+        if note:
+            say(note)
         if is_main_process() and len(self.rows) > 1:
             plots.plot_heads(self.rows, best, selected_on, self.folder / "eval_linear.png")
         return {"selected": best, "heads": self.rows, "seconds": round(time.monotonic() - self.started, 1)}

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import eval_linear
+from evaluation.linear import Probe
 from runtime.checkpoint import read_checkpoint
 from runtime.guards import InputError
 from tests.small_images import small_root, tiny_checkpoint
@@ -80,7 +84,7 @@ def test_an_interrupted_probe_ends_as_if_it_had_not_been(checkpoint, root, tmp_p
         assert all(torch.equal(a[name], b[name]) for name in a)
     assert results(tmp_path / "whole")["heads"] == results(tmp_path / "cut")["heads"]
     assert len((tmp_path / "cut" / "eval_linear_log.txt").read_text().splitlines()) == 3
-    with pytest.raises(InputError, match=r"seed 0.*1"):
+    with pytest.raises(InputError, match="seed was 0 and is 1"):
         probe(*flags, "--seed", 1, "--output_dir", tmp_path / "cut")
 
 
@@ -92,7 +96,7 @@ def test_a_saved_head_is_evaluated_with_its_checkpoint_only(checkpoint, root, tm
     saved, selected = results(tmp_path, "eval_linear_saved"), results(tmp_path)["selected"]
     assert saved["val_top1"] == pytest.approx(selected["val_top1"])
     other = tiny_checkpoint(tmp_path / "other.pth", seed=1)
-    with pytest.raises(InputError, match="was trained on the checkpoint"):
+    with pytest.raises(InputError, match="trained on other features: checkpoint_sha256 was"):
         probe("--pretrained_weights", other, *flags, "--evaluate")
     state = {"module.linear.weight": torch.zeros(4, 7), "module.linear.bias": torch.zeros(4)}
     torch.save({"epoch": 1, "state_dict": state, "best_acc": 1.0}, tmp_path / "published.pth.tar")
@@ -145,11 +149,17 @@ def test_two_ranks_train_the_heads_of_one(checkpoint, root, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--n_last_blocks", "4"], "n_last_blocks 1"),
+        (["--n_last_blocks", "4"], "n_last_blocks 4.*SimPool.*leave --n_last_blocks"),
+        (["--avgpool_patchtokens", "true"], "avgpool_patchtokens true.*SimPool"),
+        (["--n_last_blocks", "0"], "n_last_blocks 0"),
+        (["--lr", "nan"], "lr nan"),
+        (["--num_heads", "0"], "num_heads 0"),
+        (["--img_size", "1000000"], "img_size 1000000"),
+        (["--val_fraction", "0.1"], "val split already"),
         (["--num_labels", "3"], "num_labels 3.*4 classes"),
         (["--lr", "0"], "lr 0"),
         (["--epochs", "0"], "epochs 0"),
-        (["--batch_size_per_gpu", "500"], "88 images"),
+        (["--batch_size_per_gpu", "500"], "88 images.*batch_size_per_gpu to at most 88"),
         (["--evaluate"], "saved head"),
         (["--gamma", "2.0"], "2.0.*1.25"),
     ],
@@ -174,3 +184,93 @@ def test_dino_scripts_train_and_validate_one_head(checkpoint):
     validation = eval_linear.validate_network(loader, model, head, 1, False)
     assert set(validation) >= {"loss", "acc1", "acc5"}
     assert validation["acc1"] > 90
+
+
+def test_rates_follow_the_cosine_of_the_epochs(checkpoint, root, tmp_path, monkeypatch):
+    """Every step of epoch e of 3 runs at (1 + cos(pi e / 3)) / 2 of its peak rate."""
+    scales, step = [], Probe.step
+    monkeypatch.setattr(Probe, "step", lambda self, *args: scales.append(args[-1]) or step(self, *args))
+    probe("--pretrained_weights", checkpoint, "--data_path", root, "--lr", 0.1, "--epochs", 3)
+    assert scales == pytest.approx([1.0] * 6 + [0.75] * 6 + [0.25] * 6)  # 96 images, batches of 16
+
+
+def coloured_root(folder, swapped: bool):
+    """Two classes told by brightness; with `swapped`, val's folders hold each other's images."""
+    noise = np.random.default_rng(0)
+    for split, count in (("train", 40), ("val", 10)):
+        for c, name in enumerate("ab"):
+            shown = 1 - c if swapped and split == "val" else c
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = noise.integers(0, 60, (32, 32, 3), dtype=np.uint8) + 190 * shown
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / split / name / f"{i}{'s' * swapped}.png")
+    return folder
+
+
+@pytest.mark.parametrize("select_on", ["train", "val"])
+def test_the_head_is_chosen_on_what_was_asked(checkpoint, tmp_path, select_on):
+    """With val's labels swapped, held-out train chooses the head that learned, and val the one that did not.
+
+    The heads start from a draw that is wrong about most training images, so right about most of the swapped ones.
+    """
+    root = coloured_root(tmp_path / "images", swapped=True)
+    probe("--pretrained_weights", checkpoint, "--data_path", root, "--lr", 1e-9, 3, "--select_on", select_on,
+          "--epochs", 3, "--output_dir", tmp_path / "out", "--seed", 3)  # fmt: skip
+    selected = results(tmp_path / "out")["selected"]
+    assert selected["lr"] == (3 if select_on == "train" else 1e-9)
+    assert (selected["val_top1"] > 50) == (select_on == "val")
+
+
+def test_a_run_is_resumed_with_its_own_images_and_model_only(checkpoint, tmp_path):
+    """A finished run is not reported under another val set, another model setting, or another precision."""
+    honest, swapped = (coloured_root(tmp_path / str(s), s) for s in (False, True))
+    flags = ("--pretrained_weights", checkpoint, "--lr", 1, "--output_dir", tmp_path / "out")
+    probe(*flags, "--data_path", honest)
+    before = results(tmp_path / "out")["selected"]["val_top1"]
+    with pytest.raises(InputError, match=r"val_data was .* and is "):
+        probe(*flags, "--data_path", swapped)
+    with pytest.raises(InputError, match="value_min was image and is batch"):
+        probe(*flags, "--data_path", honest, "--value_min", "batch")
+    with pytest.raises(InputError, match="amp was none and is bf16"):
+        probe(*flags, "--data_path", honest, "--amp", "bf16")
+    with pytest.raises(InputError, match="value_min was image and is batch"):
+        probe(*flags, "--data_path", honest, "--evaluate", "--value_min", "batch")
+    probe(*flags, "--data_path", swapped, "--evaluate")  # a head may be tried on other images
+    assert results(tmp_path / "out", "eval_linear_saved")["val_top1"] == pytest.approx(100 - before)
+
+
+def test_an_earlier_heads_order_is_recognised_and_converted(root, tmp_path, capsys):
+    """A head that was saved on [CLS] followed by the mean gives the loss of the same head in the published order."""
+    official = tiny_checkpoint(tmp_path / "official.pth", mode="official")
+    flags = ("--pretrained_weights", official, "--data_path", root, "--n_last_blocks", 1, "--avgpool_patchtokens",
+             "true", "--output_dir", tmp_path)  # fmt: skip
+    probe(*flags, "--lr", 1, "--epochs", 3)
+    content = read_checkpoint(tmp_path / "best.pth.tar")
+    weight = content["state_dict"]["module.linear.weight"]
+    content["state_dict"]["module.linear.weight"] = torch.cat([weight[:, 0::2], weight[:, 1::2]], dim=1)
+    del content["head"]["order"]
+    content["config"] = {k: content["config"][k] for k in ("checkpoint_sha256", "checkpoint_key", "forms", "seed")}
+    torch.save(content, tmp_path / "earlier.pth.tar")
+    probe(*flags, "--evaluate")
+    now = results(tmp_path, "eval_linear_saved")
+    probe(*flags, "--evaluate", "--linear_weights", tmp_path / "earlier.pth.tar")
+    assert results(tmp_path, "eval_linear_saved")["val_loss"] == pytest.approx(now["val_loss"], rel=1e-4)
+    said = capsys.readouterr().out
+    assert "converted to the published order" in said
+    assert "does not record" in said
+
+
+def test_bad_files_are_skipped_if_asked(checkpoint, small, tmp_path, capsys):
+    """With --on_bad_image skip a broken file in train and in val is left out and counted; without, it is an error."""
+    root = tmp_path / "images"
+    shutil.copytree(small, root)
+    for split in ("train", "val"):
+        next((root / split).rglob("*.*")).write_bytes(b"no image")
+    flags = ("--pretrained_weights", checkpoint, "--data_path", root, "--lr", 0.1, "--output_dir", tmp_path / "out")
+    with pytest.raises(InputError, match="leaves no image out"):
+        probe(*flags)
+    probe(*flags, "--on_bad_image", "skip")
+    said = capsys.readouterr().out
+    assert "1 of 96 training images left out" in said
+    assert "1 of 40 validation images left out" in said
+    probe(*flags, "--on_bad_image", "skip", "--logistic")

@@ -1,11 +1,14 @@
 """Any image becomes upright pixels with the right colours, or a reason why not."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from data import arrays as arrays_module
 from data import decode as decode_module
 from data.decode import BadImage, Picture, decode, jpeg_size
 
@@ -185,3 +188,150 @@ def test_one_channel(photograph):
     """in_chans 1 gives the luma of a colour image."""
     pixels = decode(encoded(photograph, "PNG"), in_chans=1)
     assert np.array_equal(pixels[:, :, 0], np.asarray(photograph.convert("L")))
+
+
+def jpeg_with(data, *segments):
+    """The JPEG `data` with APP1 segments of these contents before all others."""
+    return data[:2] + b"".join(b"\xff\xe1" + struct.pack(">H", len(s) + 2) + s for s in segments) + data[2:]
+
+
+def exif_block(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif.tobytes()
+
+
+def test_an_eps_file_is_refused_whatever_its_name(monkeypatch):
+    """Pillow hands EPS to Ghostscript; no such file gets that far, here or in any other format of Pillow's."""
+    from PIL import EpsImagePlugin
+
+    def run(*_, **__):
+        raise AssertionError("Ghostscript was started")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", run)
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n"
+    assert Image.open(io.BytesIO(eps)).format == "EPS"
+    with pytest.raises(BadImage, match="not an image in a known format"):
+        decode(eps)
+
+
+@pytest.mark.parametrize(
+    "block", [b"Exif\0\0II", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\0", b"Exif\0\0garbage", exif_block(9), exif_block(0)]
+)
+def test_a_malformed_orientation_counts_as_upright(photograph, block):
+    """Cut-off EXIF, noise and values outside 1..8 leave the image as it is stored, and its size right."""
+    data = encoded(photograph, "JPEG")
+    picture = Picture(jpeg_with(data, block))
+    assert (picture.height, picture.width) == photograph.size[::-1]
+    assert np.array_equal(picture.pixels(), decode(data))
+
+
+def test_orientation_is_found_behind_an_xmp_block_and_taken_from_exif_alone(photograph):
+    """XMP before EXIF hides nothing, and an orientation in XMP, which no viewer follows, turns nothing."""
+    data = encoded(photograph, "JPEG")
+    xmp = b'http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation="6"/>'
+    turned = Picture(jpeg_with(data, xmp, exif_block(8)))
+    assert (turned.height, turned.width) == photograph.size
+    assert np.array_equal(turned.pixels(), np.rot90(decode(data)))
+    no_tag = Image.Exif()
+    no_tag[0x010E] = "a description"
+    for blocks in ([xmp], [xmp, no_tag.tobytes()]):
+        assert np.array_equal(decode(jpeg_with(data, *blocks)), decode(data))
+
+
+@pytest.mark.parametrize("exif", [b"", exif_block(6)])
+def test_a_jpeg_of_hundreds_of_scans_is_refused(photograph, exif):
+    """Repeating a progressive file's last scan costs a pass over the image each; above 64 the file is bad."""
+    data = encoded(photograph, "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    many = data[:-2] + data[last:-2] * 300 + data[-2:]
+    few = data[:-2] + data[last:-2] * 20 + data[-2:]
+    if exif:
+        many, few = jpeg_with(many, exif), jpeg_with(few, exif)
+    with pytest.raises(BadImage, match=r"scans, more than 64"):
+        decode(many)
+    assert Picture(few).height > 0
+
+
+def test_pixels_do_not_depend_on_the_bands_they_are_converted_in(photograph, monkeypatch):
+    """Conversion a few rows at a time gives what conversion at once gives, in every mode."""
+    gray = photograph.convert("L")
+    alpha = photograph.convert("RGBA")
+    alpha.putalpha(gray)
+    files = [encoded(i, "PNG") for i in (photograph, alpha, gray, photograph.convert("P"))]
+    files.append(encoded(photograph.convert("CMYK"), "JPEG"))
+    files.append(encoded(Image.fromarray(np.asarray(gray).astype(np.uint16) * 200), "PNG"))
+    files.append(encoded(Image.fromarray(np.asarray(gray) / np.float32(255)), "TIFF"))
+    whole = [decode(f, chans) for f in files for chans in (1, 3)]
+    monkeypatch.setattr(decode_module, "_BAND", 7 * photograph.width)
+    banded = [decode(f, chans) for f in files for chans in (1, 3)]
+    assert all(np.array_equal(a, b) for a, b in zip(banded, whole, strict=True))
+
+
+def npy(array):
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.int32, np.int64, np.uint32])
+def test_wide_integers_that_may_be_8_or_16_bits_are_refused(dtype):
+    """int32 pixels of at most 255 are 8 bits or dark 16 bits: an error, not a black image; a black one is black."""
+    values = np.full((6, 5, 5), 200, dtype)
+    with pytest.raises(BadImage, match=r"at most 200.*uint8 or uint16"):
+        decode(npy(values), in_chans=5)
+    assert not decode(npy(values * 0), in_chans=5).any()
+    assert (decode(npy(values * 100), in_chans=5) == 78).all()
+    assert (decode(npy(np.full((6, 5, 5), 200, np.uint16)), in_chans=5) == 1).all()
+
+
+def test_npy_arrays_in_either_memory_order_and_with_lying_headers(photograph):
+    """Fortran order reads as C order; a header that declares more than the file holds is refused, at no cost."""
+    pixels = np.asarray(photograph)
+    assert np.array_equal(decode(npy(np.asfortranarray(pixels))), pixels)
+    assert decode(npy(pixels)).flags.writeable
+    true = str(pixels.shape).encode()
+    for lie in (b"(99999999999, 9, 3)", b"(-5, 9, 3)", b"(0, 9, 3)"):
+        with pytest.raises(BadImage, match="not a readable npy"):
+            decode(npy(pixels).replace(true, lie.ljust(len(true)), 1))
+    with pytest.raises(BadImage, match="not a readable npy"):
+        decode(npy(pixels)[:-1])
+
+
+def test_tiffs_are_bounded_by_bytes_and_by_what_is_packed_into_them():
+    """Doubles of 6 GB, and a strip that inflates to more than it declares, are refused before memory is taken."""
+    tifffile = pytest.importorskip("tifffile")
+    buffer = io.BytesIO()
+    small = np.zeros((64, 64, 5))
+    tifffile.imwrite(buffer, small, photometric="minisblack", compression="zlib", rowsperstrip=64)
+    assert decode(buffer.getvalue(), in_chans=5).shape == (64, 64, 5)
+    for values, itemsize in ((89_000_000 * 5, 8), (89_000_000 * 3, 8), (decode_module.MAX_PIXELS * 3 + 1, 2)):
+        with pytest.raises(BadImage, match="decompression bomb"):
+            arrays_module._check_size((values,), itemsize)
+    arrays_module._check_size((89_000_000 * 3,), 2)
+    packed = zlib.compress(small.tobytes())
+    at = buffer.getvalue().find(packed[:2])
+    assert at > 0
+    bomb = zlib.compress(bytes(10**7), 9)
+    content = bytearray(buffer.getvalue())
+    with tifffile.TiffFile(io.BytesIO(content)) as tiff:
+        tag = tiff.pages[0].tags["StripByteCounts"], tiff.pages[0].tags["StripOffsets"]
+    for entry, value in zip(tag, (len(bomb), len(content)), strict=True):
+        form = {3: "<H", 4: "<I"}[int(entry.dtype)]
+        struct.pack_into(form, content, entry.valueoffset, value)
+    with pytest.raises(BadImage, match="more compressed data than it declares"):
+        decode(bytes(content) + bomb, in_chans=5)
+
+
+def test_a_plain_jpeg_of_too_many_pixels_is_refused(photograph):
+    """The quick look at a header keeps the limit of pixels, which Pillow keeps for all other files."""
+    data = bytearray(encoded(photograph, "JPEG"))
+    frame = data.index(b"\xff\xc0")
+    struct.pack_into(">HH", data, frame + 5, 60_000, 60_000)
+    assert jpeg_size(bytes(data)) is None
+    with pytest.raises(BadImage, match="89,478,485 pixels"):
+        Picture(bytes(data))
+    struct.pack_into(">HH", data, frame + 5, 9_460, 9_459)  # 0.003 % above and below the limit
+    assert jpeg_size(bytes(data)) is None
+    struct.pack_into(">HH", data, frame + 5, 9_459, 9_459)
+    assert jpeg_size(bytes(data)) == (9_459, 9_459)

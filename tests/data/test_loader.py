@@ -11,11 +11,13 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import Dataset
 
+from data import bad_images
 from data.augment import ColourStage, CropSpec
-from data.bad_images import BadImages
+from data.bad_images import BadImages, skipped_line
 from data.datasets import open_images
-from data.loader import ahead_on_device, build_eval_loader, build_train_loader, normalize
+from data.loader import ahead_on_device, build_eval_loader, build_loader, build_train_loader, normalize
 from data.sampler import TrainSampler
 from data.train_set import CropBatch, TrainSet
 from runtime.guards import InputError, RunStopped
@@ -241,7 +243,7 @@ def test_eval_loader_names_a_broken_file(broken):
     """Evaluation stops at a broken file: every image counts."""
     with pytest.raises(InputError, match=r"03\.jpg.*evaluation leaves no image out"):
         list(build_eval_loader(broken, 8, img_size=32, resize=32))
-    with pytest.raises(InputError, match="larger than that"):
+    with pytest.raises(InputError, match="resize to 32 or more"):
         build_eval_loader(broken, 8, img_size=32, resize=16)
 
 
@@ -268,3 +270,77 @@ def test_the_training_process_can_end_its_workers(source):
     worker.terminate()
     worker.join(3)
     assert worker.exitcode == 0
+
+
+class Squares(Dataset):
+    """A data set of no images: numbers and their squares; 7 is bad input."""
+
+    def __len__(self):
+        return 100
+
+    def __getitems__(self, numbers):
+        if 7 in numbers:
+            raise InputError("7 is odd")
+        values = torch.tensor(numbers)
+        return values, [values**2]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_any_data_set_that_makes_whole_batches_can_be_loaded(workers):
+    """build_loader keeps the order and structure of batches, and hands on an InputError as one line."""
+    iterator = iter(build_loader(Squares(), [[1, 2], [3], [7, 8]], num_workers=workers))
+    for expected in ([1, 2], [3]):
+        values, (squares,) = next(iterator)
+        assert values.tolist() == expected
+        assert squares.tolist() == [v * v for v in expected]
+    with pytest.raises(InputError, match=r"^7 is odd$") as caught:
+        next(iterator)
+    del caught
+
+
+def test_full_shared_memory_is_a_clear_error(source, monkeypatch):
+    """A worker that finds no room in /dev/shm ends the run with advice, not with torch's traceback."""
+
+    def full(*_):
+        raise RuntimeError("unable to write to file </torch_7_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
+    with pytest.raises(RunStopped, match=r"/dev/shm.*--num_workers") as caught:
+        next(iter(build_train_loader(source, SPEC, TrainSampler(len(source), 2), num_workers=1)))
+    del caught
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_during_training_skips_bad_files_and_shows_which(broken, workers):
+    """on_bad_image="skip": all images but the broken ones come, under their own indices, with the usual pixels."""
+    loader = build_eval_loader(
+        broken, 5, workers, img_size=32, resize=32, indices=[3, 0, 25, 1, 2, 3, 25], on_bad_image="skip"
+    )
+    batches = list(loader)
+    assert [index.tolist() for _, index in batches] == [[0, 1, 2], []]
+    assert batches[1][0].shape == (0, 3, 32, 32)
+    alone = next(iter(build_eval_loader(broken, 3, img_size=32, resize=32, indices=[0, 1, 2])))
+    assert torch.equal(batches[0][0], alone[0])
+    line = skipped_line(broken, [3, 25], most=1)
+    assert "2 of the 40 images" in line
+    assert "03.jpg can't be decoded" in line
+    assert line.endswith("and 1 more)")
+    with pytest.raises(InputError, match="on_bad_image ignore"):
+        build_eval_loader(broken, 5, on_bad_image="ignore")
+
+
+def test_bad_files_of_other_ranks_are_named_by_rank_0_at_the_end_of_the_epoch(broken, monkeypatch):
+    """Only rank 0 writes: its own bad files at once, those that others met at the end of the epoch, each once."""
+    lines = []
+    account = BadImages(broken, max_fraction=0.5, report=lines.append)
+    account.see(TrainSet(broken, SPEC, 0).__getitems__([(0, 3)]))
+    assert len(lines) == 1
+    monkeypatch.setattr(bad_images, "all_gather_objects", lambda mine: [mine, (2, [3, 25])])
+    assert account.end_epoch() == 3
+    assert account.end_epoch() == 2
+    assert [line for line in lines if "25.jpg" in line] == lines[1:]
+    assert len(lines) == 2
+    monkeypatch.setattr(bad_images, "is_main_process", lambda: False)
+    other = BadImages(broken, max_fraction=0.5, report=lines.append)
+    other.see(TrainSet(broken, SPEC, 0).__getitems__([(0, 3)]))
+    assert len(lines) == 2

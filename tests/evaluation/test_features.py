@@ -37,15 +37,16 @@ def root(cifar10, tmp_path_factory):
 def test_features_come_in_the_order_of_the_data_set(root):
     """Row i is the feature of image i, whatever the batches; the model runs in eval mode and gets its mode back."""
     source, model = open_images(root, "train"), Pixels().train()
-    whole = features.extract(model, source, **SETTINGS)
+    whole, order = features.extract(model, source, **SETTINGS)
+    assert order.tolist() == list(range(96))
     assert whole.shape == (96, 48)
     assert not any(model.modes)
     assert model.training
     for i in (0, 50, 95):
-        alone, index = features.extract_shard(model, source, indices=np.array([i]), **SETTINGS)
+        alone, index, _ = features.extract_shard(model, source, indices=np.array([i]), **SETTINGS)
         assert index.tolist() == [i]
         assert torch.equal(alone[0], whole[i])
-    half = features.extract(model, source, dtype=torch.float16, **SETTINGS)
+    half, _ = features.extract(model, source, dtype=torch.float16, **SETTINGS)
     assert torch.equal(half, whole.half())
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from data.datasets import open_images
 from evaluation import knn
+from runtime.guards import InputError
 from tests.reference import golden, tensor
 
 
@@ -110,3 +114,48 @@ def test_accuracy_counts_hits_among_the_largest():
     output = torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]])
     top1, top2 = knn.accuracy(output, torch.tensor([0, 1]), topk=(1, 2))
     assert (top1.item(), top2.item()) == (50.0, 100.0)
+
+
+class Pixels(torch.nn.Module):
+    """A model of 48 features without weights that train."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return F.adaptive_avg_pool2d(x, 4).flatten(1) * self.scale
+
+
+def test_an_evaluation_while_training_skips_bad_files(small, tmp_path, capsys):
+    """Broken files in train and val are left out and counted: the rest scores as a set without them does."""
+    settings = {"img_size": 32, "num_workers": 0}
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    for root in (broken, whole):
+        shutil.copytree(small, root)
+    for split in ("train", "val"):
+        file = sorted((broken / split).rglob("*.*"))[3]
+        (whole / file.relative_to(broken)).unlink()
+        file.write_bytes(b"no image")
+    results = [
+        knn.evaluate(Pixels(), open_images(root, "train"), open_images(root, "val"), (5, 20), **settings)
+        for root in (broken, whole)
+    ]
+    assert results[0] == results[1]
+    said = capsys.readouterr().out
+    assert "1 of 96 training images left out" in said
+    assert "1 of 40 validation images left out" in said
+    with pytest.raises(InputError, match="leaves no image out"):
+        knn.evaluate(
+            Pixels(), open_images(broken, "train"), open_images(broken, "val"), on_bad_image="raise", **settings
+        )
+
+
+def test_a_set_without_one_readable_image_is_an_error(small, tmp_path):
+    """If every validation image is broken there is nothing to say."""
+    shutil.copytree(small, tmp_path / "images")
+    train, val = (open_images(tmp_path / "images", split) for split in ("train", "val"))
+    for file in (tmp_path / "images" / "val").rglob("*.*"):
+        file.write_bytes(b"no image")
+    with pytest.raises(InputError, match="none of the 40 validation images"):
+        knn.evaluate(Pixels(), train, val, (5,), img_size=32, num_workers=0)

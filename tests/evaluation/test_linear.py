@@ -91,3 +91,11 @@ def test_the_held_out_part_is_a_tenth_of_each_class():
     assert sorted(np.concatenate([kept, held_out]).tolist()) == list(range(161))
     assert np.bincount(labels[held_out], minlength=4).tolist() == [10, 5, 1, 0]
     assert np.array_equal(held_out, linear.split_train(labels, seed=1)[1])
+
+
+def test_rates_are_scaled_by_the_global_batch_and_follow_a_cosine():
+    """A base rate is per 256 images, and epoch e of E runs at (1 + cos(pi e / E)) / 2 of it."""
+    probe = Probe([12], [Form(1)], [0.5], 5, 1024, torch.device("cpu"))
+    assert probe.groups[0].lrs.tolist() == [2.0]
+    factors = [linear.cosine_factor(epoch, 4) for epoch in range(4)]
+    assert factors == pytest.approx([1, 0.853553, 0.5, 0.146447], abs=1e-6)
