@@ -1,12 +1,13 @@
 """The one place that chooses by device: matmul precision, autocast, memory format, the allocator.
 
-What was chosen is said in the first lines of a run's log (`Choice.lines`).
+`Choice.lines`, the first lines of a run's log, tell what was chosen.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import platform
 from dataclasses import dataclass, field
 
@@ -115,10 +116,17 @@ def device_line(device: torch.device) -> str:
     return f"{device.type} ({name}), {get_world_size()} process(es), torch {torch.__version__}"
 
 
-def keep_freed_memory() -> bool:
-    """Let glibc keep big temporaries instead of giving them back to the system at every step; whether it could.
+def cpu_count() -> int:
+    """Processors that this process may use: those of its CPU set if the system has such a thing, else all."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
-    The same as MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=<much> in the environment, without starting anew.
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep large temporaries instead of returning them to the system at every step; False if it cannot.
+
+    Has the effect of MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=<large> in the environment, without a restart.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
