@@ -37,6 +37,21 @@ FAMILIES = {
 ALIASES = {name.replace("vit", "deit"): name for name in FAMILIES["vit"]}
 DEFAULT_GAMMA = {"vit": 1.25, "resnet": 2.0, "convnext": 2.0, "tokens": 1.25, "map": 2.0}
 
+# Convolutional families of timm's zoo. What is not listed here is taken for a transformer, whose recipe (AdamW, no
+# batch statistics) is the safer start for an unknown model.
+_RESNET_LIKE = ("resnet", "resnext", "wide_resnet", "regnet", "seresnet", "ecaresnet", "densenet", "vgg", "rexnet")
+_CONVNEXT_LIKE = ("convnext", "efficientnet", "tf_efficientnet", "mobilenet", "convmixer", "poolformer", "nfnet")
+
+
+def family(arch: str) -> str:
+    """`vit`, `resnet` or `convnext`: whose recipe an architecture follows, by its name."""
+    name = arch.lower()
+    if name.startswith(_RESNET_LIKE):
+        return "resnet"
+    if name.startswith(_CONVNEXT_LIKE):
+        return "convnext"
+    return "vit"
+
 
 def available() -> list[str]:
     """Names of our own models, without aliases and timm's."""
@@ -77,17 +92,17 @@ def build_backbone(
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
     name = ALIASES.get(arch, arch)
-    family = _family(name)
+    own = _family(name)
     shape = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
     shape = {key: value for key, value in shape.items() if value is not None}
     common = {"in_chans": in_chans, "num_classes": num_classes}
-    if family is None:
+    if own is None:
         pooling = {"gamma": gamma, "value_min": value_min}
         return _build_timm(name, mode, pooling, drop_path_rate, img_size, patch_size, {**common, **shape})
 
     common |= {"mode": mode, "gamma": resolve_gamma(name, gamma), "value_min": value_min}
-    if family == "vit":
-        return FAMILIES[family][name](
+    if own == "vit":
+        return FAMILIES[own][name](
             patch_size=patch_size,
             img_size=img_size,
             drop_path_rate=drop_path_rate,
@@ -97,17 +112,17 @@ def build_backbone(
         )
     if shape:
         raise ValueError(f"{arch} has a fixed shape: {_listed(shape)} can only be set for vit_*; leave it out")
-    if family == "resnet":
+    if own == "resnet":
         if drop_path_rate:
             raise ValueError(
                 f"{arch} has no stochastic depth: drop_path_rate {drop_path_rate} can't be honoured; set 0"
             )
-        return FAMILIES[family][name](**common)
+        return FAMILIES[own][name](**common)
     if min(vision_transformer.image_size(img_size)) < convnext_simpool.STRIDE:
         raise ValueError(
             f"img_size {img_size} is too small for {arch}: it needs at least {convnext_simpool.STRIDE} pixels"
         )
-    return FAMILIES[family][name](drop_path_rate=drop_path_rate, **common)
+    return FAMILIES[own][name](drop_path_rate=drop_path_rate, **common)
 
 
 def resolve_gamma(arch: str, gamma: float | str | None) -> float | None:

@@ -28,7 +28,7 @@ def compare(flags: list[str], device: torch.device, rounds: int) -> tuple[dict[s
     steps, first, losses = {}, {}, {}
     for name in ("eager", "compiled"):
         run, batch = build([*flags, "--compile", str(name == "compiled")], device)
-        steps[name] = OwnStep(run, batch, run.colour(batch.crops, batch.colour))
+        steps[name] = OwnStep(run, batch, run.views.on_device(batch))
         start = time.perf_counter()
         losses[name] = [steps[name](step)[0].item() for step in range(CHECKED_STEPS)]
         synchronize()

@@ -25,10 +25,12 @@ from torch import Tensor, nn
 import backbones
 from benchmarks.measure import relative_error, run_apart, timed_in_turn
 from benchmarks.plain_step import plain_average, plain_clip, plain_optimizer
-from distill import optim
 from distill.heads import DINOHead
 from distill.multicrop import MultiCropWrapper
-from distill.teacher import ParameterAverage
+from optim.average import ParameterAverage
+from optim.clipping import clip_each_
+from optim.groups import get_params_groups
+from optim.optimizers import OPTIMIZERS, build_optimizer
 from runtime.cli import float_or_none, parse_described
 from runtime.distributed import choose_device
 from runtime.guards import run_program
@@ -44,8 +46,8 @@ class Side:
 
     def __init__(self, model: nn.Module, optimizer: str, clip: float, ours: bool) -> None:
         self.student, self.teacher = copy.deepcopy(model), copy.deepcopy(model)
-        groups = optim.get_params_groups(self.student)
-        self.optimizer = (optim.build_optimizer if ours else plain_optimizer)(optimizer, groups)
+        groups = get_params_groups(self.student)
+        self.optimizer = (build_optimizer if ours else plain_optimizer)(optimizer, groups)
         for group in self.optimizer.param_groups:
             group["lr"] = LR
         self.optimizer.param_groups[0]["weight_decay"] = WEIGHT_DECAY
@@ -57,7 +59,7 @@ class Side:
         if ours:
             self.optimizer.found_inf = bad.float()
             self.phases = {
-                "clip": lambda: optim.clip_each_([p.grad for p in parameters], clip),
+                "clip": lambda: clip_each_([p.grad for p in parameters], clip),
                 "optimizer": self.optimizer.step,
                 "average": lambda: average.update(MOMENTUM, skip=bad),
             }
@@ -110,7 +112,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("benchmarks.optimizer", add_help=False)
     parser.add_argument("--arch", default="vit_small", help="backbone, pooled by SimPool, with DINO's head")
     parser.add_argument("--out_dim", type=int, default=65536, help="prototypes")
-    parser.add_argument("--optimizer", default="adamw", choices=optim.OPTIMIZERS, help="optimizer")
+    parser.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS, help="optimizer")
     parser.add_argument("--clip", type=float_or_none, default=3.0, help="largest norm of a gradient; 0 for no clipping")
     parser.add_argument("--rounds", type=int, default=15, help="rounds, each running both sides in turn")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.simpool_layer import PlainSimPool
-from distill import optim
-from distill.teacher import ParameterAverage
+from optim.average import ParameterAverage
+from optim.clipping import cancel_gradients_last_layer, clip_each_
+from optim.groups import get_params_groups
+from optim.optimizers import build_optimizer
 from sp import SimPool
 from vision_transformer import Attention, VisionTransformer
 
@@ -143,11 +145,11 @@ class PlainStep:
     """
 
     def __init__(self, run, parts: tuple[str, ...] = (), precision: str = "highest") -> None:
-        """run: a main_dino.Pretraining, read only."""
+        """run: a training.run.Run, read only."""
         self.run, self.parts, self.precision = run, parts, precision
         self.student, self.teacher = (make_plain(m, "pooling" not in parts) for m in (run.student, run.teacher))
-        groups = optim.get_params_groups(self.student)
-        build = optim.build_optimizer if "updates" in parts else plain_optimizer
+        groups = get_params_groups(self.student)
+        build = build_optimizer if "updates" in parts else plain_optimizer
         self.optimizer = build(run.args.optimizer, groups)
         self.average = ParameterAverage(self.student, self.teacher)
         self.loss = copy.deepcopy(run.loss)
@@ -155,11 +157,11 @@ class PlainStep:
     def __call__(self, crops: list[Tensor], step: int) -> float:
         """One step on [(2B, C, S, S), (nB, C, s, s)]; returns the loss."""
         torch.set_float32_matmul_precision(self.precision)
-        run, epoch = self.run, step // self.run.steps_per_epoch
+        run, epoch = self.run, step // self.run.plan.steps_per_epoch
         for i, group in enumerate(self.optimizer.param_groups):
             group["lr"] = float(run.schedules["lr"][step])
             if i == 0:
-                group["weight_decay"] = float(run.schedules["weight_decay"][step])
+                group["weight_decay"] = float(run.schedules["wd"][step])
         with torch.no_grad():
             teacher_output = self.teacher(crops[:1])
         student_output = self.student(crops)
@@ -173,17 +175,17 @@ class PlainStep:
         self.loss.center = self.loss.center * CENTER_MOMENTUM + batch_center * (1 - CENTER_MOMENTUM)
         self.optimizer.zero_grad()
         loss.backward()
-        self.update(epoch, float(run.schedules["momentum"][step]))
+        self.update(epoch, float(run.schedules["teacher_momentum"][step]))
         return loss.item()
 
     def update(self, epoch: int, momentum: float) -> None:
         """Clip, drop the prototypes' gradients where they are frozen, step, average."""
         clip = self.run.args.clip_grad
         if "updates" in self.parts:
-            optim.clip_each_([p.grad for p in self.student.parameters() if p.grad is not None], clip)
+            clip_each_([p.grad for p in self.student.parameters() if p.grad is not None], clip)
         else:
             plain_clip(self.student.parameters(), clip)
-        optim.cancel_gradients_last_layer(epoch, self.student, self.run.args.freeze_last_layer)
+        cancel_gradients_last_layer(epoch, self.student, self.run.args.freeze_last_layer)
         self.optimizer.step()
         if "updates" in self.parts:
             self.average.update(momentum)

@@ -35,6 +35,8 @@ from runtime.cli import bool_flag, parse_described
 from runtime.distributed import choose_device
 from runtime.guards import run_program
 from runtime.terminal import say
+from training.multicrop import crop_spec
+from training.run import Run
 
 CHECKED_STEPS = 3
 APART = "plain, system's allocator"
@@ -55,25 +57,35 @@ class Result(NamedTuple):
     precision: str
 
 
-def build(flags: list[str], device: torch.device) -> tuple[main_dino.Pretraining, CropBatch]:
+def build(flags: list[str], device: torch.device) -> tuple[Run, CropBatch]:
     """A run as main_dino.py makes it from `flags`, and a batch of real crops on the device."""
     fixed = ["--drop_path_rate", "0", "--clip_grad", "3", "--freeze_last_layer", "0", "--warmup_epochs", "0"]
     args = main_dino.parse_arguments([*flags, *fixed])
     source = open_images(args.data_path, "train", in_chans=args.in_chans)
-    run = main_dino.build_pretraining(args, len(source), device)
-    pairs = [(0, i) for i in range(run.batch_size)]
-    return run, TrainSet(source, main_dino.crop_spec(args), args.seed).__getitems__(pairs).to(device)
+    run = main_dino.build(args, len(source), device)
+    pairs = [(0, i) for i in range(run.plan.batch_size)]
+    return run, TrainSet(source, crop_spec(args), args.seed).__getitems__(pairs).to(device)
+
+
+class Coloured:
+    """Views whose colours are done."""
+
+    def __init__(self, crops: list[Tensor]) -> None:
+        self._crops = crops
+
+    def on_device(self, _batch: CropBatch) -> list[Tensor]:
+        return self._crops
 
 
 class OwnStep:
     """main_dino.train_step on crops whose colours are done."""
 
-    def __init__(self, run: main_dino.Pretraining, batch: CropBatch, crops: list[Tensor]) -> None:
-        run.colour = lambda *_: crops
+    def __init__(self, run: Run, batch: CropBatch, crops: list[Tensor]) -> None:
+        run.views = Coloured(crops)
         self.run, self.batch = run, batch
 
     def __call__(self, step: int) -> Tensor:
-        torch.set_float32_matmul_precision(self.run.choice.matmul_precision)
+        torch.set_float32_matmul_precision(self.run.hardware.matmul_precision)
         return main_dino.train_step(self.run, [self.batch], step)
 
 
@@ -81,20 +93,20 @@ def plain_apart(flags: list[str], device: torch.device) -> Callable[[], Tensor]:
     """A plain step for a process of its own, which leaves the allocator as the system has set it."""
     hardware.keep_freed_memory = lambda: False
     run, batch = build(flags, device)
-    crops, side = run.colour(batch.crops, batch.colour), PlainStep(run)
+    crops, side = run.views.on_device(batch), PlainStep(run)
     return lambda: side(crops, CHECKED_STEPS)
 
 
 def compare(flags: list[str], device: torch.device, rounds: int, each: bool = False) -> Result:
     """Times of plain, of plain with each part exchanged (where `each`), and of ours, which trains as `flags` say."""
     run, batch = build(flags, device)
-    colour = run.colour
-    crops = colour(batch.crops, batch.colour)
+    colour = run.views.on_device
+    crops = colour(batch)
     plain = {"plain": PlainStep(run)}
     if each:
         plain |= {f"plain, {part} ours": PlainStep(run, (part,)) for part in PARTS}
-        plain[f"plain, precision {run.choice.matmul_precision}"] = PlainStep(run, (), run.choice.matmul_precision)
-        plain["plain, all of these"] = PlainStep(run, PARTS, run.choice.matmul_precision)
+        plain[f"plain, precision {run.hardware.matmul_precision}"] = PlainStep(run, (), run.hardware.matmul_precision)
+        plain["plain, all of these"] = PlainStep(run, PARTS, run.hardware.matmul_precision)
     own = OwnStep(run, batch, crops)
     error = 0.0
     for step in range(CHECKED_STEPS):
@@ -102,15 +114,15 @@ def compare(flags: list[str], device: torch.device, rounds: int, each: bool = Fa
         error = max([error, *(abs(side(crops, step) / loss - 1) for side in plain.values())])
     sides = {name: (lambda s=side: s(crops, CHECKED_STEPS)) for name, side in plain.items()}
     sides["ours"] = lambda: own(CHECKED_STEPS)
-    sides["colour"] = lambda: colour(batch.crops, batch.colour)
+    sides["colour"] = lambda: colour(batch)
     with contextlib.ExitStack() as stack:
         if device.type == "cpu":
             sides[APART] = stack.enter_context(run_apart(plain_apart, flags, device))
         seconds = timed_in_turn(sides, rounds)
-    tolerance = TOLERANCE[run.choice.amp]
-    if run.choice.channels_last and device.type == "cpu":
+    tolerance = TOLERANCE[run.hardware.amp]
+    if run.hardware.channels_last and device.type == "cpu":
         tolerance = max(tolerance, TOLERANCE_CHANNELS_LAST)
-    return Result(seconds, seconds.pop("colour"), error, tolerance, run.choice.matmul_precision)
+    return Result(seconds, seconds.pop("colour"), error, tolerance, run.hardware.matmul_precision)
 
 
 def step_parser(name: str, arch: str, out_dim: int) -> argparse.ArgumentParser:

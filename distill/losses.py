@@ -114,6 +114,11 @@ class DINOLoss(nn.Module):
         )
 
     @torch.no_grad()
+    def probabilities(self, teacher_output: Tensor, epoch: int) -> Tensor:
+        """The teacher's centered and sharpened probabilities, (B, K) -> (B, K); what the collapse monitors look at."""
+        return teacher_probabilities(teacher_output, self.center, self.teacher_temp(epoch))
+
+    @torch.no_grad()
     def update_center(self, teacher_output: Tensor) -> None:
         """center <- momentum · center + (1 - momentum) · mean of the teacher's outputs over all processes."""
         total = teacher_output.float().sum(dim=0, keepdim=True)

@@ -19,6 +19,8 @@ import vision_transformer
 from data.datasets import open_images
 from data.train_set import CropBatch, TrainSet
 from tests.pretraining import FAMILIES, VIT
+from training.multicrop import crop_spec
+from training.run import Run
 
 CUDA = torch.device("cuda", 0)
 DEMO = ["--batch_size_per_gpu", "3", "--data_path", "demo", "--device", "cpu", "--freeze_last_layer", "0"]
@@ -70,14 +72,14 @@ def step(monkeypatch, contentless_cuda):
     monkeypatch.setattr(nn.Module, "to", lambda self, *_, **__: self)  # models are made on the device
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
 
-    def build(flags: list[str]) -> tuple[main_dino.Pretraining, list[CropBatch]]:
+    def build(flags: list[str]) -> tuple[Run, list[CropBatch]]:
         args = main_dino.parse_arguments([*flags, *DEMO])
         source = open_images("demo", "train")
-        batch = TrainSet(source, main_dino.crop_spec(args), 0).__getitems__([(0, i) for i in range(3)])
+        batch = TrainSet(source, crop_spec(args), 0).__getitems__([(0, i) for i in range(3)])
         colour = [HostParameters(parameters.numpy()) for parameters in batch.colour]
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         with CUDA:
-            run = main_dino.build_pretraining(args, len(source), CUDA)
+            run = main_dino.build(args, len(source), CUDA)
         monkeypatch.setattr(Tensor, "backward", lambda *_: give_gradients(run.student))
         crops = [torch.empty(group.shape, dtype=group.dtype, device=CUDA) for group in batch.crops]
         return run, [batch._replace(crops=crops, colour=colour)] * 2
@@ -100,7 +102,7 @@ def test_a_step_never_waits_for_the_device(step, flags):
     run, batches = step(flags)
     result = main_dino.train_step(run, batches, 0)
     assert result.device == CUDA
-    assert result.shape == (len(main_dino.RESULTS),)
+    assert result.shape == (len(main_dino.METHOD.results),)
     tensors = [*run.student.state_dict().values(), *run.teacher.state_dict().values(), run.loss.center]
     assert {tensor.device for tensor in tensors} == {CUDA}
 
@@ -118,9 +120,9 @@ def test_a_question_is_found(step, monkeypatch):
 def test_backward_asks_for_no_value(contentless_cuda, name, checkpointing):
     """From the loss to every parameter."""
     args = main_dino.parse_arguments([*RUNS[name], *DEMO, "--amp", "none", "--grad_checkpointing", checkpointing])
-    run = main_dino.build_pretraining(args, 12, torch.device("cpu"))
+    run = main_dino.build(args, 12, torch.device("cpu"))
     student, teacher, loss = (module.to("meta") for module in (run.student, run.teacher, run.loss))
-    crops = [torch.empty(v * 3, 3, s, s, device="meta") for v, s in main_dino.crop_spec(args).resolutions]
+    crops = [torch.empty(v * 3, 3, s, s, device="meta") for v, s in crop_spec(args).resolutions]
     with torch.no_grad():
         targets = teacher(crops[:1])
     total, *_ = loss.step_terms(student(crops), targets, 0)

@@ -26,7 +26,7 @@ def test_plain_and_own_step_give_the_same_losses(name):
 def test_plain_and_own_step_give_the_same_weights():
     """After three steps student, teacher and center agree, too."""
     run, batch = train_step.build([*VIT, *DEMO, "--optimizer", "sgd"], CPU)
-    crops = run.colour(batch.crops, batch.colour)
+    crops = run.views.on_device(batch)
     plain, own = PlainStep(run), train_step.OwnStep(run, batch, crops)
     before = run.teacher.head.mlp[0].weight.clone()
     for step in range(3):
@@ -42,7 +42,7 @@ def test_plain_and_own_step_give_the_same_weights():
 def test_a_difference_is_found():
     """A step that leaves out the teacher's sharpening does not pass for the same."""
     run, batch = train_step.build([*VIT, *DEMO], CPU)
-    crops = run.colour(batch.crops, batch.colour)
+    crops = run.views.on_device(batch)
     plain, own = PlainStep(run), train_step.OwnStep(run, batch, crops)
     plain.loss.teacher_temp_schedule = plain.loss.teacher_temp_schedule * 2
     assert abs(plain(crops, 0) / own(0)[0].item() - 1) > 1e-5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import errno
 import gc
 import itertools
@@ -27,6 +28,11 @@ from runtime import preempt
 # Where a run writes to the disk: whole files, and of these files some functions only (they also print and count).
 _WRITERS = ("runtime/saver.py", "runtime/checkpoint.py", "runtime/lock.py")
 _FUNCTIONS = {"runtime/json_log.py": {"append", "cut_json_lines"}, "runtime/tensorboard.py": {"flush"}}
+
+
+def replace_step(step: Any) -> None:
+    """Let the program take `step` for its training step."""
+    main_dino.METHOD = dataclasses.replace(main_dino.METHOD, step=step)
 
 
 def _writes(code: CodeType) -> bool:
@@ -65,7 +71,7 @@ def note_steps(rank: int, folder: Path) -> None:
     """Append to `folder/steps-RANK` the number of each step and when the run last asked, before it, whether to stop;
     and make `folder/armed-RANK` as soon as the run catches signals.
     """
-    real_step, real_enter = main_dino.train_step, preempt.StopRequest.__enter__
+    real_step, real_enter = main_dino.METHOD.step, preempt.StopRequest.__enter__
     asked = 0.0
 
     def requested(self: preempt.StopRequest) -> bool:
@@ -86,7 +92,8 @@ def note_steps(rank: int, folder: Path) -> None:
         (folder / f"armed-{rank}").touch()
         return entered
 
-    main_dino.train_step, preempt.StopRequest.__enter__ = train_step, enter
+    preempt.StopRequest.__enter__ = enter
+    replace_step(train_step)
     preempt.StopRequest.requested = property(requested, lambda self, value: vars(self).update(flag=value))
 
 
@@ -130,18 +137,18 @@ class Disk:
 
 def disk_fails_during(rank: int, folder: Path, steps: range, error: int = errno.ENOSPC) -> None:
     """From the begin of the first step of `steps` to the begin of the one after the last nothing can be written."""
-    disk, real = Disk(folder, error), main_dino.train_step
+    disk, real = Disk(folder, error), main_dino.METHOD.step
 
     def train_step(run: Any, batches: Any, step: int, *args: Any) -> Any:
         disk.failing = step in steps
         return real(run, batches, step, *args)
 
-    main_dino.train_step = train_step
+    replace_step(train_step)
 
 
 def folder_vanishes_during(rank: int, folder: Path, steps: range) -> None:
     """As a mount that is lost and comes back: for some steps the folder is not there."""
-    hidden, real = folder.with_name("elsewhere"), main_dino.train_step
+    hidden, real = folder.with_name("elsewhere"), main_dino.METHOD.step
 
     def train_step(run: Any, batches: Any, step: int, *args: Any) -> Any:
         if rank == 0 and (step in steps) != hidden.exists():
@@ -149,7 +156,7 @@ def folder_vanishes_during(rank: int, folder: Path, steps: range) -> None:
             source.rename(target)
         return real(run, batches, step, *args)
 
-    main_dino.train_step = train_step
+    replace_step(train_step)
 
 
 # ---- numbers that are not finite
@@ -222,7 +229,7 @@ def resident_bytes(kind: str = "VmRSS") -> int:
 
 def note_memory(rank: int, path: Path, every: int) -> None:
     """Append a line to `path` every `every` steps: step, bytes in use, resident bytes, open file descriptors."""
-    real = main_dino.train_step
+    real = main_dino.METHOD.step
 
     def train_step(run: Any, batches: Any, step: int, *args: Any) -> Any:
         if step % every == 0:
@@ -234,7 +241,7 @@ def note_memory(rank: int, path: Path, every: int) -> None:
                 print(step, bytes_in_use(), resident_bytes(), len(os.listdir("/proc/self/fd")), file=file)
         return real(run, batches, step, *args)
 
-    main_dino.train_step = train_step
+    replace_step(train_step)
 
 
 # ---- processes
@@ -247,11 +254,11 @@ def own_group(rank: int) -> None:
 
 def slow_steps(rank: int, first: int, seconds: float) -> None:
     """Steps from `first` on take `seconds` longer."""
-    real = main_dino.train_step
+    real = main_dino.METHOD.step
 
     def train_step(run: Any, batches: Any, step: int, *args: Any) -> Any:
         if step >= first:
             time.sleep(seconds)
         return real(run, batches, step, *args)
 
-    main_dino.train_step = train_step
+    replace_step(train_step)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import backbones
-from distill import sharding
 from distill.losses import DINOLoss
+from optim import sharding
 from runtime.checkpoint import read_checkpoint
 from runtime.guards import InputError
 from tests import processes

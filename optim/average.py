@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from distill.sharding import local
+from optim.sharding import local
 
 
 class ParameterAverage:

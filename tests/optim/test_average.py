@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from distill.batchnorm import RunningStatistics
 from distill.multicrop import MultiCropWrapper
-from distill.teacher import ParameterAverage
+from optim.average import ParameterAverage
+from optim.batchnorm import RunningStatistics
 from tests.reference import fill_, tensor
 
 

@@ -7,7 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from distill import optim
+from optim.clipping import cancel_gradients_last_layer, clip_each_, clip_gradients
+from optim.groups import get_params_groups
+from optim.lars import LARS
+from optim.optimizers import OPTIMIZERS, build_optimizer
+from optim.schedules import cosine_scheduler
 from tests.reference import assert_close, fill_, golden, tensor
 
 
@@ -15,9 +19,9 @@ def test_lars_four_steps():
     """Four LARS steps equal the published code's."""
     g = golden("lars")
     model = fill_(nn.Linear(8, 6))
-    groups = optim.get_params_groups(model)
+    groups = get_params_groups(model)
     groups[0]["weight_decay"] = g["weight_decay"]
-    lars = optim.LARS(groups, lr=g["lr"])
+    lars = LARS(groups, lr=g["lr"])
     for i, row in enumerate(g["steps"]):
         lars.zero_grad()
         model(tensor(7 + i, (5, 8))).pow(2).sum().backward()
@@ -28,13 +32,13 @@ def test_lars_four_steps():
 
 def test_cosine_schedules():
     """Both golden schedules hold."""
-    np.testing.assert_allclose(optim.cosine_scheduler(0.5, 0.01, 10, 7, 3), golden("cosine")["a"].numpy(), rtol=2e-6)
-    np.testing.assert_allclose(optim.cosine_scheduler(0.996, 1, 5, 11), golden("cosine")["b"].numpy(), rtol=2e-6)
+    np.testing.assert_allclose(cosine_scheduler(0.5, 0.01, 10, 7, 3), golden("cosine")["a"].numpy(), rtol=2e-6)
+    np.testing.assert_allclose(cosine_scheduler(0.996, 1, 5, 11), golden("cosine")["b"].numpy(), rtol=2e-6)
 
 
 def test_a_warmup_longer_than_training_is_cut():
     """The schedule always has epochs x steps entries."""
-    assert len(optim.cosine_scheduler(1.0, 0.0, 2, 5, warmup_epochs=10)) == 10
+    assert len(cosine_scheduler(1.0, 0.0, 2, 5, warmup_epochs=10)) == 10
 
 
 def test_clipping():
@@ -42,7 +46,7 @@ def test_clipping():
     g = golden("clip")
     model = fill_(nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 4)))
     (model(tensor(8, (32, 16))) * 30).pow(2).sum().backward()
-    norms = optim.clip_gradients(model, g["clip"])
+    norms = clip_gradients(model, g["clip"])
     assert_close(torch.tensor(norms), g["norms"].float(), 1e-4)
     for p, expected in zip(model.parameters(), g["grads"], strict=True):
         assert_close(p.grad, expected, 1e-4)
@@ -52,7 +56,7 @@ def test_no_clipping_changes_nothing():
     """Clip 0 still reports the norms and leaves the gradients bit for bit."""
     gradient = tensor(1, (4, 4)) * 100
     before = gradient.clone()
-    assert optim.clip_each_([gradient], 0).item() == pytest.approx(before.norm().item())
+    assert clip_each_([gradient], 0).item() == pytest.approx(before.norm().item())
     assert torch.equal(gradient, before)
 
 
@@ -61,17 +65,17 @@ def test_groups():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     model[0].weight.requires_grad_(False)
     model.register_parameter("pos_embed", nn.Parameter(torch.zeros(1, 2, 3)))
-    regularised, rest = optim.get_params_groups(model)
+    regularised, rest = get_params_groups(model)
     assert [p.shape for p in regularised["params"]] == [(1, 2, 3)]
     assert len(rest["params"]) == 3
     assert rest["weight_decay"] == 0.0
 
 
-@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_refused_step_changes_nothing(name):
     """With found_inf set, parameters and state stay bit for bit, whatever the gradients; the next step is the usual."""
     model, twin = fill_(nn.Linear(8, 6)), fill_(nn.Linear(8, 6))
-    runs = [(m, optim.build_optimizer(name, optim.get_params_groups(m))) for m in (model, twin)]
+    runs = [(m, build_optimizer(name, get_params_groups(m))) for m in (model, twin)]
     for _, optimizer in runs:
         for group in optimizer.param_groups:
             group["lr"] = 0.1
@@ -101,7 +105,7 @@ def test_last_layer_freeze():
     model = nn.ModuleDict({"last_layer": nn.Linear(2, 2), "mlp": nn.Linear(2, 2)})
     for epoch, frozen in ((0, True), (1, False)):
         model["mlp"](model["last_layer"](torch.ones(1, 2))).sum().backward()
-        optim.cancel_gradients_last_layer(epoch, model, 1)
+        cancel_gradients_last_layer(epoch, model, 1)
         assert (model["last_layer"].weight.grad is None) == frozen
         assert model["mlp"].weight.grad is not None
 
@@ -109,30 +113,30 @@ def test_last_layer_freeze():
 def test_unknown_optimizer():
     """The error names the value and the choices."""
     with pytest.raises(ValueError, match=r"'adam'.*adamw, sgd, lars"):
-        optim.build_optimizer("adam", [])
+        build_optimizer("adam", [])
 
 
 def test_norms_of_large_gradients_are_exact():
     """The norm of a gradient as long as the prototypes' is float32's to 1e-4 (torch's own on CPU is 6e-4 off)."""
     gradient = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0))
     exact = gradient.double().norm().item()
-    assert optim.clip_each_([gradient], 0.0).item() == pytest.approx(exact, rel=1e-4)
+    assert clip_each_([gradient], 0.0).item() == pytest.approx(exact, rel=1e-4)
 
 
 def test_norms_follow_no_memory_layout():
     """A channels_last gradient has the norm of the same numbers."""
     gradient = torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last)
-    norm = optim.clip_each_([gradient], 0.5)
+    norm = clip_each_([gradient], 0.5)
     torch.testing.assert_close(gradient.norm(), torch.tensor(0.5), rtol=1e-4, atol=1e-5)
     assert norm.item() > 0.5
 
 
-@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_refused_first_step_leaves_no_trace(name):
     """Where the very first step is refused, the second one is what the first would have been."""
     models = [fill_(nn.Linear(300, 200)) for _ in range(2)]
     for model, steps in zip(models, ([True, False], [False]), strict=True):
-        optimizer = optim.build_optimizer(name, optim.get_params_groups(model))
+        optimizer = build_optimizer(name, get_params_groups(model))
         for group in optimizer.param_groups:
             group["lr"] = 0.01
         for bad in steps:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from distill.recipes import RECIPES, family, recipe_name
+from backbones import family
+from training.recipes import RECIPES, find
 
 
 @pytest.mark.parametrize(
@@ -21,21 +22,21 @@ def test_family(arch, expected):
 
 def test_published_values():
     """Spot checks against the published table: batch, learning rate, temperature warm-up, crops, clipping."""
-    vit, resnet, convnext = (RECIPES[recipe_name(a)] for a in ("vit_small", "resnet50", "convnext_small"))
+    vit, resnet, convnext = (find("dino", a)[1] for a in ("vit_small", "resnet50", "convnext_small"))
     assert [r["batch_size_per_gpu"] for r in (vit, resnet, convnext)] == [100, 90, 60]
     assert [r["optimizer"] for r in (vit, resnet, convnext)] == ["adamw", "lars", "adamw"]
     assert [r["out_dim"] for r in (vit, resnet, convnext)] == [65536, 60000, 65536]
     assert [r["norm_last_layer"] for r in (vit, resnet, convnext)] == [False, True, True]
     assert [r["clip_grad"] for r in (vit, resnet, convnext)] == [0, 0, 0.3]
-    assert RECIPES[recipe_name("vit_small", "dino")]["local_crops_number"] == 8
+    assert find("dino", "vit_small", "dino")[1]["local_crops_number"] == 8
 
 
 def test_all_recipes_set_the_same_flags():
     """No recipe leaves a flag of another open."""
-    assert len({frozenset(values) for values in RECIPES.values()}) == 1
+    assert len({frozenset(values) for values in RECIPES["dino"].values()}) == 1
 
 
 def test_unknown_recipe():
     """The error lists the recipes."""
     with pytest.raises(ValueError, match="simpool_vit"):
-        recipe_name("vit_small", "best")
+        find("dino", "vit_small", "best")

@@ -31,3 +31,8 @@ class RunningStatistics:
         """Put `saved` back where the 0-d bool tensor is true, without asking the device for its value."""
         for buffer, before in zip(self._buffers, saved, strict=True):
             buffer.copy_(torch.where(where, before, buffer))
+
+
+def has_batchnorms(model: nn.Module) -> bool:
+    """Whether any module normalises over the batch."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())

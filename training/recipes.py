@@ -1,4 +1,4 @@
-"""Published recipes: from an architecture's name to its family, and to the family's defaults. Imports no torch.
+"""Published recipes: from an architecture's name to the defaults of its family.
 
 The SimPool recipes are those of its paper's 100-epoch ImageNet-1k runs, for ViT-S/16, ResNet-50 and ConvNeXt-S;
 `dino` is DINO's own for ViT-S/16. A recipe sets only what differs between them; flags given by the user win.
@@ -7,6 +7,8 @@ The SimPool recipes are those of its paper's 100-epoch ImageNet-1k runs, for ViT
 from __future__ import annotations
 
 from typing import Any
+
+from backbones import family
 
 _SIMPOOL_VIT = {
     "batch_size_per_gpu": 100,
@@ -75,36 +77,27 @@ _DINO = {
     "clip_grad": 3.0,
 }
 
-RECIPES: dict[str, dict[str, Any]] = {
-    "simpool_vit": _SIMPOOL_VIT,
-    "simpool_resnet": _SIMPOOL_RESNET,
-    "simpool_convnext": _SIMPOOL_CONVNEXT,
-    "dino": _DINO,
+# method -> recipe -> values of flags
+RECIPES: dict[str, dict[str, dict[str, Any]]] = {
+    "dino": {
+        "simpool_vit": _SIMPOOL_VIT,
+        "simpool_resnet": _SIMPOOL_RESNET,
+        "simpool_convnext": _SIMPOOL_CONVNEXT,
+        "dino": _DINO,
+    }
 }
 
-# Convolutional families of timm's zoo. What is not listed here is taken for a transformer, whose recipe (AdamW, no
-# batch statistics) is the safer start for an unknown model.
-_RESNET_LIKE = ("resnet", "resnext", "wide_resnet", "regnet", "seresnet", "ecaresnet", "densenet", "vgg", "rexnet")
-_CONVNEXT_LIKE = ("convnext", "efficientnet", "tf_efficientnet", "mobilenet", "convmixer", "poolformer", "nfnet")
 
+def find(method: str, arch: str, recipe: str = "auto") -> tuple[str, dict[str, Any]]:
+    """The full name and the values of a recipe; a method without recipes has an empty one, named "none".
 
-def family(arch: str) -> str:
-    """`vit`, `resnet` or `convnext`: whose recipe an architecture follows, by its name."""
-    name = arch.lower()
-    if name.startswith(_RESNET_LIKE):
-        return "resnet"
-    if name.startswith(_CONVNEXT_LIKE):
-        return "convnext"
-    return "vit"
-
-
-def recipe_name(arch: str, recipe: str = "auto") -> str:
-    """The recipe's full name: `auto` and `simpool` mean the SimPool recipe of the architecture's family.
-
+    For DINO `auto` and `simpool` mean the SimPool recipe of the architecture's family.
     Raises ValueError for an unknown recipe.
     """
-    if recipe in ("auto", "simpool"):
-        return f"simpool_{family(arch)}"
-    if recipe not in RECIPES:
-        raise ValueError(f"unknown recipe {recipe!r}; choose auto, {', '.join(RECIPES)}")
-    return recipe
+    known = RECIPES.get(method, {})
+    if recipe == "auto" and not known:
+        return "none", {}
+    name = f"simpool_{family(arch)}" if recipe in ("auto", "simpool") else recipe
+    if name not in known:
+        raise ValueError(f"--recipe {recipe!r} is unknown; choose {', '.join(['auto', *known])}")
+    return name, known[name]

@@ -1,0 +1,60 @@
+"""The backbone of a new run: the weights that it starts from, and which sizes of crops it can take."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import pretrained
+from runtime.guards import InputError, input_errors
+
+
+def load_initial_backbone(backbone: nn.Module, args: argparse.Namespace) -> None:
+    """Start from the backbone of --init_from, ours or a published one: its student's if it has one."""
+    with input_errors():
+        content = pretrained.read(args.init_from)
+        key = "student" if "student" in content else "teacher"
+        weights, notes = pretrained.find_backbone(content, key, args.init_from)
+        notes += pretrained.load_weights(backbone, weights, args.init_from)
+    args.notes += [
+        f"a new run from the backbone of {args.init_from} ({key}); the head starts from random weights",
+        *notes,
+    ]
+
+
+def check_crop_sizes(backbone: nn.Module, args: argparse.Namespace, *keys: str) -> None:
+    """Try one image of each size. Raises InputError naming the flag whose size the backbone can't take."""
+    backbone.eval()
+    on_one_pixel, hooks = _watch_strided_convolutions(backbone)
+    reduced_on_cpu = args.amp in ("bf16", "fp16") and getattr(args, "torch_device", None) == torch.device("cpu")
+    for key in keys:
+        size = getattr(args, key)
+        try:
+            with torch.no_grad():
+                backbone(torch.zeros(1, args.in_chans, size, size))
+        except Exception as error:  # whatever a model raises for a size it cannot take
+            raise InputError(f"--{key} {size}: {args.arch} cannot take images of that size ({error})") from error
+        if on_one_pixel and reduced_on_cpu:
+            raise InputError(
+                f"--{key} {size} with --amp {args.amp}: {args.arch} has strided convolutions of one-pixel maps, and "
+                "torch leaves parts of their gradients unset in reduced precision on a CPU; use --amp none or larger "
+                "crops"
+            )
+    for hook in hooks:
+        hook.remove()
+    backbone.train()
+
+
+def _watch_strided_convolutions(model: nn.Module) -> tuple[list[nn.Module], list[Any]]:
+    """A list that fills, in later forwards, with strided convolutions that meet a one-pixel map; and its hooks."""
+    met: list[nn.Module] = []
+
+    def look(layer: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
+        if inputs[0].shape[-2:] == (1, 1):
+            met.append(layer)
+
+    strided = [m for m in model.modules() if isinstance(m, nn.Conv2d) and max(m.stride) > 1 and max(m.kernel_size) > 1]
+    return met, [layer.register_forward_hook(look) for layer in strided]

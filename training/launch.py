@@ -1,0 +1,216 @@
+"""From arguments to a finished run: lock, data, build, continue, loop, marker, report."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.datasets import check_same_classes, open_images
+from data.source import ImageSource
+from runtime.checkpoint import check_writable, read_checkpoint, write_json_atomic
+from runtime.distributed import (
+    barrier,
+    get_world_size,
+    init_distributed_mode,
+    is_main_process,
+    leave,
+    lost_processes,
+    on_main_process,
+)
+from runtime.guards import EXIT_DONE, EXIT_PREEMPTED, InputError, input_errors
+from runtime.hardware import device_line
+from runtime.json_log import JsonLog, cut_json_lines
+from runtime.lock import FolderLock
+from runtime.preempt import StopRequest, requeue_slurm_job
+from runtime.reproduce import get_sha
+from runtime.saver import NEWEST, CheckpointSaver, find_checkpoint
+from runtime.tensorboard import TensorBoard
+from runtime.terminal import say
+from training import arguments
+from training.loop import Loop, Outputs
+from training.method import Method
+from training.refused import replay_step
+
+
+def train(args: argparse.Namespace, method: Method) -> int:
+    """Train as `args` say; returns the exit code. A run that is in `args.output_dir` is continued.
+
+    `args` may come from the method's parser as they are, or from `training.arguments.parse`.
+    """
+    if not hasattr(args, "sources"):
+        args = arguments.resolve(args, method)
+    if args.dry_run:
+        for line in configuration(args, method):
+            say(line)
+        return EXIT_DONE
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by CUDA when it starts
+        torch.use_deterministic_algorithms(True)
+    with StopRequest() as stop:
+        init_distributed_mode(args)
+        torch.backends.cudnn.benchmark = args.torch_device.type == "cuda" and not args.deterministic
+        try:
+            with lost_processes():
+                return replay_step(args, method) if args.replay else _train_locked(args, method, stop)
+        finally:
+            leave()
+
+
+def _train_locked(args: argparse.Namespace, method: Method, stop: StopRequest) -> int:
+    folder = Path(args.output_dir)
+    lock = on_main_process(lambda: _locked(folder), keep_local=True)
+    try:
+        return _train_in(folder, args, method, stop)
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _locked(folder: Path) -> FolderLock:
+    """The output folder: made, tried, and held for this run. Raises InputError."""
+    check_writable(folder, "--output_dir")
+    return FolderLock(folder)
+
+
+def _train_in(folder: Path, args: argparse.Namespace, method: Method, stop: StopRequest) -> int:
+    train, val = open_data(args)
+    run = method.build(args, len(train), args.torch_device)
+    loop = Loop(run, method, train, val, stop)
+    found = continue_run(folder, loop)
+    if on_main_process(lambda: loop.step >= run.total_steps and (folder / "DONE").exists()):
+        say(f"nothing to do: the run in {folder} is complete ({loop.step} steps); choose another --output_dir")
+        return EXIT_DONE
+    for line in first_screen(loop, val, found):
+        say(line)
+    saver = on_main_process(lambda: open_run(folder, loop), keep_local=True)
+    board = TensorBoard(folder / "tensorboard", loop.step)
+    try:
+        done = loop.go(Outputs(saver, JsonLog(folder / "log.txt"), board))
+    finally:
+        board.close()
+        if saver is not None:
+            saver.close()
+    code = leave_marker(folder, done, loop, stop)
+    if done and args.report:
+        write_report(loop)
+    return code
+
+
+def open_data(args: argparse.Namespace) -> tuple[ImageSource, ImageSource | None]:
+    """Training images, and validation images if an evaluation is wanted and possible."""
+    train = open_images(args.data_path, "train", args.subset, args.in_chans)
+    if not args.eval_every:
+        return train, None
+    if train.labels is None:
+        args.notes.append("no evaluation while training: the images have no labels")
+        return train, None
+    try:
+        val = open_images(args.data_path, "val", in_chans=args.in_chans)
+        check_same_classes(train, val)
+    except InputError as error:
+        args.notes.append(f"no evaluation while training: {error}")
+        return train, None
+    return train, val
+
+
+def continue_run(folder: Path, loop: Loop) -> Path | None:
+    """Load the newest good checkpoint of `folder`, if there is one, on all processes; returns its path."""
+    found = on_main_process(lambda: find_checkpoint(folder, say), keep_local=True)
+    path = on_main_process(lambda: found and found[0])
+    if path is not None:
+        loop.load(found[1] if found else read_checkpoint(path), path)
+    return path
+
+
+def open_run(folder: Path, loop: Loop) -> CheckpointSaver:
+    """Make `folder` that of a run under way: no marker, no log rows that it will write again, its arguments."""
+    args = loop.run.args
+    with input_errors(f"--output_dir {folder} cannot be written"):
+        for marker in ("DONE", "PREEMPTED"):
+            (folder / marker).unlink(missing_ok=True)
+        cut_json_lines(folder / "log.txt", loop.epoch)
+        write_json_atomic(folder / "config.json", arguments.saved(args, loop.method))
+    return CheckpointSaver(folder, args.keep_checkpoints, args.max_failed_saves, say)
+
+
+# ------------------------------------------------------------------------------------------------ what is said
+
+
+def first_screen(loop: Loop, val: ImageSource | None, found: Path | None) -> list[str]:
+    """What matters about a run before its first number; what to worry about comes last."""
+    run, args, plan = loop.run, loop.run.args, loop.run.plan
+    parameters = sum(p.numel() for p in run.student.parameters()) / 1e6
+    start = f"continuing {found} at step {loop.step} (epoch {loop.epoch})" if found else "a new run"
+    lines = [
+        f"{loop.method.name}: {args.arch}, {args.mode}, {parameters:.1f} M parameters with its head",
+        f"output: {loop.folder}; {start}",
+        f"code: {get_sha()}",
+        f"device: {device_line(run.hardware.device)}",
+        *run.hardware.lines,
+        f"images: {len(loop.train)} to train on" + (f", {len(val)} to evaluate on" if val is not None else ""),
+        f"global batch: {plan.global_batch} = {plan.batch_size} images x {plan.accum} forward(s) x {get_world_size()} "
+        f"process(es); {plan.steps_per_epoch} steps per epoch, {run.total_steps} in all; "
+        f"peak lr {run.schedules['lr'].max():.3g}",
+        "settings that are not the defaults (config.json has all):",
+        *configuration(args, loop.method, only_changed=True),
+    ]
+    notes = [*args.notes, *run.views.notes()]
+    return lines + [f"note: {note}" for note in notes]
+
+
+def configuration(args: argparse.Namespace, method: Method, only_changed: bool = False) -> list[str]:
+    """A line per argument: its value and where it came from."""
+    shown = arguments.saved(args, method)
+    if only_changed:
+        shown = {key: value for key, value in shown.items() if args.sources.get(key) != "default"}
+    return [f"  {key:28} {value!s:28} {args.sources.get(key, '')}" for key, value in shown.items()]
+
+
+# ------------------------------------------------------------------------------------------------ the end
+
+
+def write_report(loop: Loop) -> None:
+    """Pictures and report.html of a finished run. It is finished whatever happens here: a failure is a warning."""
+    from evaluation import report
+
+    try:
+        if loop.watch is not None:
+            loop.watch.pictures(loop.folder)
+    except (ValueError, OSError) as error:
+        say(f"no pictures: {error}")
+    if is_main_process():
+        try:
+            say(f"report: {report.write_report(loop.folder)}")
+        except Exception as error:  # a page about the run must not turn it into a failed one
+            say(f"warning: no report ({type(error).__name__}: {error})")
+
+
+def leave_marker(folder: Path, done: bool, loop: Loop, stop: StopRequest) -> int:
+    """Write DONE or PREEMPTED, requeue if that was asked for, and return the exit code."""
+    marker = {"epoch": loop.epoch, "iteration": loop.step, "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
+    if done:
+        if is_main_process():
+            _mark(folder / "DONE", marker)
+        say(f"done: {loop.step} steps, {folder / NEWEST}")
+        return EXIT_DONE
+    if is_main_process():
+        _mark(folder / "PREEMPTED", {**marker, "signal": stop.name})
+        if loop.run.args.requeue:
+            requeue_slurm_job(say)
+    barrier()  # a launcher may end all processes when the first one leaves with another code than 0
+    say(f"stopped by {stop.name or 'a signal to another process'} after step {loop.step}; start again to continue")
+    # torchrun would take a code other than 0 for a failure and start the workers again.
+    return EXIT_DONE if "TORCHELASTIC_RUN_ID" in os.environ else EXIT_PREEMPTED
+
+
+def _mark(path: Path, content: dict[str, Any]) -> None:
+    """Write a marker; a disk that fails now, after the last save, costs the marker and not the exit code."""
+    try:
+        write_json_atomic(path, content)
+    except OSError as error:
+        say(f"warning: marker {path} not written ({error}); the last save is whole")

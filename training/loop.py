@@ -1,0 +1,276 @@
+"""The loop: which step comes next, and what is read, logged, evaluated and saved around it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data.bad_images import BadImages
+from data.loader import ahead_on_device, build_loader
+from data.sampler import TrainSampler
+from data.source import ImageSource
+from evaluation.features import Interrupted
+from runtime.delayed_results import LateReader
+from runtime.distributed import all_gather_objects, get_rank, get_world_size, is_main_process
+from runtime.guards import EXIT_BAD_INPUT, InputError, RunStopped
+from runtime.json_log import JsonLog
+from runtime.meters import MetricLogger
+from runtime.pace import Pace
+from runtime.preempt import StopRequest
+from runtime.progress import Progress
+from runtime.saver import CheckpointSaver
+from runtime.tensorboard import TensorBoard
+from runtime.terminal import say
+from training import arguments
+from training.method import Method
+from training.refused import RefusedSteps
+from training.run import Run, Wishes
+from training.state import check_same_run, load_training_state, model_config, training_state
+
+
+@dataclasses.dataclass
+class Outputs:
+    """Where a run writes; the saver is rank 0's."""
+
+    saver: CheckpointSaver | None
+    log: JsonLog
+    board: TensorBoard
+
+
+class Loop:
+    """A run's steps and epochs, from wherever it stands to its end."""
+
+    def __init__(
+        self, run: Run, method: Method, train: ImageSource, val: ImageSource | None, stop: StopRequest
+    ) -> None:
+        args = run.args
+        self.run, self.method, self.train, self.stop = run, method, train, stop
+        self.folder = Path(args.output_dir)
+        self.sampler = TrainSampler(
+            len(train), run.plan.batch_size, run.plan.accum, args.seed, get_rank(), get_world_size()
+        )
+        dataset = run.views.dataset(train, args.seed, args.on_bad_image)
+        pin_memory = run.hardware.device.type == "cuda"
+        self.loader = build_loader(dataset, self.sampler, args.num_workers, pin_memory, prefetch_factor=2)
+        self.meters = MetricLogger()
+        self.results = LateReader(run.hardware.device)
+        self.refused = RefusedSteps(run, method, train, self.folder)
+        self.epoch, self.step = 0, 0  # the next step, counted from the start of the run, and the epoch it belongs to
+        self.bad_images = BadImages(train, args.max_bad_fraction)
+        self.failure: InputError | RunStopped | None = None  # of this process alone, until all have heard of it
+        self.watch = method.watch(run, train, val)
+        self.pace = Pace(run.plan.global_batch)
+        self.out: Outputs | None = None
+
+    # ---- state
+
+    def state(self) -> dict[str, Any]:
+        """The checkpoint; all processes must ask for it."""
+        return training_state(self.run, self.method) | {
+            "epoch": self.epoch,
+            "args": arguments.saved(self.run.args, self.method),
+            "iteration": self.step,
+            "config": model_config(self.run, self.method, self.train),
+            "meters": self.meters.state_dict(),
+            "bad_in_a_row": self.refused.in_a_row,
+        }
+
+    def load(self, state: dict[str, Any], path: Path) -> None:
+        """Continue from a checkpoint of this run. Raises InputError if the run has become another one."""
+        check_same_run(self.run, self.method, self.train, state, path)
+        load_training_state(self.run, self.method, state)
+        self.meters.load_state_dict(state["meters"])
+        self.refused.in_a_row = state["bad_in_a_row"]
+        self.epoch, self.step = state["epoch"], state["iteration"]
+        before, plan = state["config"]["global_batch"], self.run.plan
+        if before != plan.global_batch:  # accepted by the user: go on at the same part of the data
+            seen = (self.step - self.epoch * state["config"]["steps_per_epoch"]) * before
+            self.step = self.epoch * plan.steps_per_epoch + min(seen // plan.global_batch, plan.steps_per_epoch)
+
+    def save(self) -> dict[str, Any]:
+        """Begin to save the state, on rank 0; returns it."""
+        self.read_results(everything=True)
+        self.out.board.flush()  # before the save: what it will not compute again must be on the disk
+        state = self.state()
+        if self.out.saver is not None:
+            with self.deferred_errors():
+                self.out.saver.save(state, self.step, self.kept_name())
+        return state
+
+    def kept_name(self) -> str | None:
+        """The name under which a save stays for good, if --saveckp_freq wants that of it."""
+        every, at_end_of_epoch = self.run.args.saveckp_freq, self.step == self.epoch * self.run.plan.steps_per_epoch
+        due = every and self.epoch and self.epoch % every == 0 and at_end_of_epoch
+        return f"checkpoint{self.epoch:04d}.pth" if due else None
+
+    @contextlib.contextmanager
+    def deferred_errors(self) -> Iterator[None]:
+        """Defer an error that only this process sees until `share_failure` raises it on all: they wait in the step."""
+        try:
+            yield
+        except (InputError, RunStopped) as error:
+            self.failure = self.failure or error
+
+    def share_failure(self) -> None:
+        """Raise on all processes, alike, if one has deferred an error."""
+        mine = None if self.failure is None else (str(self.failure), getattr(self.failure, "exit_code", EXIT_BAD_INPUT))
+        met = [failure for failure in all_gather_objects(mine) if failure is not None]
+        if self.failure is not None:
+            raise self.failure
+        if met:
+            message, code = met[0]
+            raise RunStopped(f"another process of the run stopped it: {message}", code)
+
+    def finish(self, done: bool, saved: dict[str, Any] | None = None) -> bool:
+        """Write the final checkpoint, retrying until it succeeds, on all processes; returns `done`.
+
+        `saved` is the state if its save has begun already.
+        """
+        state, saver = saved or self.save(), self.out.saver
+        if saver is not None:
+            with self.deferred_errors():
+                saver.finish(lambda: saver.save(state, self.step, self.kept_name()), pause_s=1.0 if done else 0.0)
+        self.share_failure()
+        return done
+
+    # ---- the run
+
+    def go(self, out: Outputs) -> bool:
+        """Train to the end; whether it got there (False: asked to stop, and saved)."""
+        self.out, run, args = out, self.run, self.run.args
+        while self.epoch < args.epochs:
+            if not self.train_epoch():
+                return self.finish(done=False)
+            finished = self.step == (self.epoch + 1) * run.plan.steps_per_epoch
+            row = self.epoch_row() | {"bad_images": self.bad_images.end_epoch()}
+            if self.watch is not None:
+                row["monitors"] = self.monitor()
+                due = args.eval_every and ((self.epoch + 1) % args.eval_every == 0 or self.step == run.total_steps)
+                if due and self.watch.can_evaluate:
+                    results = self.evaluate()
+                    if results is None:
+                        return False
+                    row |= results
+            if is_main_process():
+                out.log.append(row)
+            if not finished:  # --max_steps within an epoch
+                break
+            self.epoch += 1
+            self.meters = MetricLogger()
+            if self.step >= run.total_steps:
+                break
+            self.save()
+        return self.finish(done=True)
+
+    def monitor(self) -> dict[str, float]:
+        """The watch's monitors, on TensorBoard too, with their warning."""
+        values, warning = self.watch.monitor(self.epoch)
+        self.out.board.scalars({f"monitor/{name}": value for name, value in values.items()}, self.step)
+        if warning:
+            say(warning)
+        return values
+
+    def evaluate(self) -> dict[str, dict[str, Any]] | None:
+        """The watch's evaluation; None if the run was asked to stop within it, and has been saved."""
+        saved = self.save()  # an evaluation takes a while; a kill within it costs no training
+        try:
+            results = self.watch.evaluate(lambda: self.stop.requested)
+        except Interrupted:
+            say(f"the evaluation of epoch {self.epoch} was given up; it starts over when the run goes on")
+            self.finish(done=False, saved=saved)
+            return None
+        for name, cases in results.items():  # {"k-NN": {"10": {"top1": 61.2}}} is eval/knn10_top1
+            for case, values in cases.items():
+                numbers = ", ".join(
+                    f"{metric.replace('top', 'top-')} {value:.2f} %" for metric, value in values.items()
+                )
+                say(f"epoch {self.epoch}: {name} {case} {numbers}")
+                tag = f"eval/{name.replace('-', '').lower()}{case}"
+                self.out.board.scalars({f"{tag}_{metric}": value for metric, value in values.items()}, self.step)
+        return results
+
+    def train_epoch(self) -> bool:
+        """The steps that are left of this epoch; False if the run was asked to stop before their end."""
+        run, args, per_epoch = self.run, self.run.args, self.run.plan.steps_per_epoch
+        first = self.step - self.epoch * per_epoch
+        last = min(per_epoch, run.total_steps - self.epoch * per_epoch)
+        self.sampler.set_position(self.epoch, first)
+        self.pace, saved_at = Pace(run.plan.global_batch), time.monotonic()
+        bar = Progress(self.step_batches(last - first), last, f"epoch {self.epoch}", start=first, unit="step")
+        for batches in bar:
+            save = 0 < args.checkpoint_every_minutes * 60 <= time.monotonic() - saved_at
+            self.refused.remember(self.step, batches)
+            wishes = Wishes(self.stop.requested or self.failure is not None, save)
+            self.results.push(self.step, self.method.step(run, batches, self.step, wishes))
+            self.step += 1
+            self.pace.steps += 1
+            agreed = self.read_results()
+            bar.set_text(self.progress_text)
+            if agreed.stop:
+                return False
+            by_steps = args.checkpoint_every_steps and self.step % args.checkpoint_every_steps == 0
+            if (agreed.save or by_steps) and self.step != (self.epoch + 1) * per_epoch:
+                self.save()
+                saved_at = time.monotonic()
+        self.read_results(everything=True)
+        return True
+
+    def step_batches(self, steps: int) -> Iterator[list[Any]]:
+        """The micro-batches of each of the next `steps` steps, on the device, with the wait for them measured."""
+        if steps == 0:
+            return
+        wanted = itertools.islice(self.loader, steps * self.run.plan.accum)
+        batches = ahead_on_device(wanted, self.run.hardware.device)
+        for _ in range(steps):
+            with self.pace.waiting():
+                group = list(itertools.islice(batches, self.run.plan.accum))
+            for batch in group:
+                with self.deferred_errors():
+                    self.bad_images.see(batch)
+            yield group
+
+    # ---- what is read and logged
+
+    def read_results(self, everything: bool = False) -> Wishes:
+        """Take in the results of the steps that are due; whether any process wanted to stop or to save in them."""
+        stop = save = False
+        for step, values in self.results.read(everything):
+            result = dict(zip(self.method.results, values, strict=True))
+            stop, save = stop or bool(result["stop"]), save or bool(result["save"])
+            if result["bad"]:
+                self.refused.handle(step, result, self.state)
+                continue
+            self.refused.in_a_row = 0
+            self.meters.update(**{name: result[name] for name in (*self.method.terms, "grad_norm")})
+            self.out.board.scalars(self.scalars(step, result), step)
+        return Wishes(stop, save)
+
+    def scalars(self, step: int, result: dict[str, float]) -> dict[str, float]:
+        """TensorBoard's values of a step."""
+        values = {f"train/{name}": result[name] for name in (*self.method.terms, "grad_norm")}
+        values |= {f"optim/{name}": schedule[step] for name, schedule in self.run.schedules.items()}
+        return values | {"perf/images_per_s": self.pace.images_per_s, "perf/data_wait": self.pace.data_wait}
+
+    @property
+    def progress_text(self) -> str:
+        """The numbers of the progress line."""
+        meters = self.meters.meters
+        terms = "  ".join(f"{name} {meters[name].avg:.4f}" for name in self.method.terms) if meters else ""
+        lr = self.run.schedules["lr"][self.step - 1]
+        return f"{terms}  lr {lr:.2e}  {self.pace.images_per_s:.1f} images/s  data wait {self.pace.data_wait:.0%}"
+
+    def epoch_row(self) -> dict[str, Any]:
+        """log.txt's object of this epoch."""
+        last, schedules = self.step - 1, self.run.schedules
+        row: dict[str, Any] = {"epoch": self.epoch, "iteration": self.step}
+        row |= {f"train_{name}": value for name, value in self.meters.averages().items()}
+        row |= {f"train_{name}": float(schedules[name][last]) for name in ("lr", "wd")}
+        row["time_s"] = round(self.pace.time_s, 3)
+        row["images_per_s"] = round(self.pace.images_per_s, 2)
+        row["data_wait"] = round(self.pace.data_wait, 4)
+        return row

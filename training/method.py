@@ -1,0 +1,58 @@
+"""What one way of training brings; everything else that a run needs is the same for all, and lives in this room."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from data.source import ImageSource
+    from training.run import Run
+    from training.watch import Watch
+
+
+def _nothing(*_: Any) -> dict[str, Any]:
+    return {}
+
+
+def _no_watch(*_: Any) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A training method, as a program hands it to `training.launch.train`.
+
+    Args:
+        name: recorded in checkpoints as config["method"]; also names the method's recipes.
+        terms: the means that a step reports, the loss first, for example ("loss", "entropy", "kl").
+        parser: returns the program's argument parser (see `training.arguments.new_parser`).
+        build: (args, number of training images, device) -> Run.
+        step: (run, this process's micro-batches, number of the step, wishes) -> what `Means.report` returns.
+        loss_key: the name under which the loss's buffers stand in a checkpoint; None for a loss without buffers.
+        check: (args) -> None; completes and checks the method's own arguments, raising InputError.
+        config: (args) -> what a reader of the checkpoint needs to know besides the backbone's settings.
+        watch: (run, training images, validation images or None) -> Watch, or None for a method without one.
+        cosmetic: the method's own flags that a continued run may change, since they don't touch its mathematics.
+    """
+
+    name: str
+    terms: tuple[str, ...]
+    parser: Callable[[], argparse.ArgumentParser]
+    build: Callable[[argparse.Namespace, int, torch.device], Run]
+    step: Callable[..., Tensor]
+    loss_key: str | None = None
+    check: Callable[[argparse.Namespace], Any] = _nothing
+    config: Callable[[argparse.Namespace], dict[str, Any]] = _nothing
+    watch: Callable[[Run, ImageSource, ImageSource | None], Watch | None] = _no_watch
+    cosmetic: frozenset[str] = frozenset()
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """The names of what a step returns."""
+        return (*self.terms, "grad_norm", "bad", "stop", "save")

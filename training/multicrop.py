@@ -1,0 +1,51 @@
+"""Multi-crop views (two large crops of an image and several small ones): flags and checks.
+
+Shared by the self-supervised methods.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import backbones
+from data.augment import CropSpec
+from runtime.checks import at_least_one
+from runtime.cli import add_flag
+from training.arguments import check_patches
+
+
+def add_flags(group: argparse._ArgumentGroup) -> None:
+    """The flags of the crops; all but the size of local ones have their defaults in recipes."""
+    add_flag(group, "--global_crops_scale", type=float, nargs=2,
+             help="area of a global crop, smallest and largest fraction of the image's")  # fmt: skip
+    add_flag(group, "--local_crops_number", type=int, help="small crops per image; 0 for none")
+    add_flag(group, "--local_crops_scale", type=float, nargs=2,
+             help="area of a local crop, smallest and largest fraction of the image's")  # fmt: skip
+    add_flag(group, "--local_crops_size", type=int, help="side of the local crops in pixels; default 3/7 of --img_size")
+
+
+def complete(args: argparse.Namespace) -> None:
+    """Derive the size of local crops if nobody gave it, and check everything. Raises InputError."""
+    if args.local_crops_size is None:
+        args.local_crops_size, args.sources["local_crops_size"] = local_size(args), "3/7 of img_size"
+    at_least_one(args, "local_crops_size")
+    check_patches(args, "local_crops_size")
+    crop_spec(args)
+
+
+def local_size(args: argparse.Namespace) -> int:
+    """3/7 of the global crop (96 for 224), in whole patches for a ViT."""
+    unit = args.patch_size if backbones.family(args.arch) == "vit" else 1
+    return max(unit, round(args.img_size * 3 / 7 / unit) * unit)
+
+
+def crop_spec(args: argparse.Namespace) -> CropSpec:
+    """The augmentation's settings; checks the scales."""
+    return CropSpec(
+        global_size=args.img_size,
+        local_size=args.local_crops_size,
+        global_scale=tuple(args.global_crops_scale),
+        local_scale=tuple(args.local_crops_scale),
+        local_number=args.local_crops_number,
+        in_chans=args.in_chans,
+    )

@@ -1,0 +1,240 @@
+"""A run: everything that a training step reads and changes, and what every method's step does with it.
+
+Shapes: B images per process and micro-batch, V views.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset
+
+from data.source import ImageSource
+from data.train_set import CropBatch
+from optim import sharding
+from optim.average import ParameterAverage
+from optim.batchnorm import RunningStatistics
+from optim.clipping import clip_each_
+from optim.groups import get_params_groups
+from optim.optimizers import build_optimizer
+from optim.placing import exchanging_gradients, place
+from optim.schedules import cosine_scheduler
+from runtime import hardware
+from runtime.distributed import get_world_size
+from runtime.reproduce import seed_step
+from training.plan import Plan
+
+Groups = list[dict[str, Any]]
+
+
+class Views(Protocol):
+    """From the images of a data set to what a model sees."""
+
+    def dataset(self, source: ImageSource, seed: int, on_bad_image: str) -> Dataset:
+        """A data set of (epoch, index) pairs, whose `__getitems__` gives a whole micro-batch with `.to(device)`."""
+
+    def on_device(self, batch: Any) -> list[Tensor]:
+        """The crops of a micro-batch as the model takes them, one (V·B, C, S, S) tensor per resolution."""
+
+
+class MicroBatch(NamedTuple):
+    """What a step sees of one forward: crops per resolution (V·B, C, S, S); and whether it is the step's last."""
+
+    crops: list[Tensor]
+    last: bool
+
+
+class Wishes(NamedTuple):
+    """What this process wants of all at the end of a step: to stop, to save."""
+
+    stop: bool = False
+    save: bool = False
+
+
+class Means:
+    """The means of a step's numbers over its micro-batches and over all processes, exchanged in one all-reduce."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._added = 0
+
+    def add(self, **terms: Tensor) -> None:
+        """Add a micro-batch's terms, tensors of any shape and always the same names; gradients are not kept."""
+        for name, value in terms.items():
+            value = value.detach()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._added += 1
+
+    def over_ranks(self, wishes: Wishes, **counts: float) -> None:
+        """Divide each sum by its count (or 1) and by the micro-batches, and average over the processes."""
+        sums = {name: value / counts[name] if name in counts else value for name, value in self._sums.items()}
+        flat = [value.reshape(-1) for value in sums.values()]
+        # Filled on the device: a tensor made from Python numbers would be copied there, and the host would wait.
+        flat += [flat[0].new_full((1,), float(wish)) for wish in wishes]
+        self._shared = torch.cat(flat) / self._added
+        if get_world_size() > 1:
+            torch.distributed.all_reduce(self._shared)
+            self._shared /= get_world_size()
+        parts = self._shared.split([part.numel() for part in flat])
+        self._wishes = torch.cat(parts[-len(wishes) :]) > 0
+        self._means = {name: part.view(sums[name].shape) for name, part in zip(sums, parts, strict=False)}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The mean of a term, in its shape; after `over_ranks`."""
+        return self._means[name]
+
+    def finite(self) -> Tensor:
+        """Whether every mean is finite, a 0-d bool tensor."""
+        return self._shared.isfinite().all()
+
+    def report(self, norm: Tensor, refused: Tensor) -> Tensor:
+        """The step's result (see `Method.results`): the 0-d terms in their order, the gradients' norm before clipping,
+        and, each 0 or 1, whether the step was refused and whether any process wants to stop, or to save.
+        """
+        terms = [value for value in self._means.values() if value.ndim == 0]
+        return torch.cat([torch.stack([*terms, norm, refused.float()]), self._wishes.float()])
+
+
+class Run:
+    """Everything that a step reads and changes. The models are put on the device here, and the optimizer is built.
+
+    Args:
+        args: the program's arguments.
+        choice: how the device computes, from `choose_hardware`.
+        student: the model that is trained, with `backbone` and `head`, on the CPU.
+        teacher: its average, or None.
+        loss: a module; its buffers are saved with the run.
+        schedules: arrays (steps,) by TensorBoard's names: "lr", "wd", and what the method adds.
+        views: what the model sees of an image.
+        plan: how a step's images are shared out.
+        groups: from the student to the optimizer's parameter groups. Weight decay follows the schedule in groups that
+            don't set their own; a group's "lr_scale" multiplies the learning rate.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        choice: hardware.Choice,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        loss: nn.Module,
+        schedules: dict[str, np.ndarray],
+        views: Views,
+        plan: Plan,
+        groups: Callable[[nn.Module], Groups] = get_params_groups,
+    ) -> None:
+        self.args, self.hardware, self.schedules, self.views, self.plan = args, choice, schedules, views, plan
+        if args.grad_checkpointing:
+            student.backbone.set_grad_checkpointing(True)
+        models = [model for model in (student, teacher) if model is not None]
+        if args.compile:  # in place, so that the names in checkpoints stay
+            for model in models:
+                model.backbone.compile()
+        # What a whole copy of a sharded teacher is made from.
+        self._skeleton = sharding.skeleton(teacher) if args.fsdp and teacher is not None else None
+        models = [place(model, choice, args.fsdp) for model in models]
+        self.teacher = models[1] if teacher is not None else None
+        self.student = exchanging_gradients(models[0], choice, args.fsdp)
+        self.loss = loss.to(choice.device)
+        grouped = groups(self.student)
+        self._decaying = [i for i, group in enumerate(grouped) if "weight_decay" not in group]
+        self.optimizer = build_optimizer(args.optimizer, grouped)
+        self.scaler = torch.amp.GradScaler(choice.device.type, enabled=choice.amp == "fp16")
+        self.average = ParameterAverage(self.student, self.teacher) if self.teacher is not None else None
+        self._statistics = RunningStatistics(self.student, *([self.teacher] if self.teacher is not None else []))
+        self._before: list[Tensor] = []
+
+    # ---- a step
+
+    def begin(self, step: int) -> int:
+        """Set the seeds, learning rate and weight decay of a step, and note BatchNorm's statistics; its epoch."""
+        seed_step(self.args.seed, step, self.plan.rank)
+        for group in self.optimizer.param_groups:
+            group["lr"] = float(self.schedules["lr"][step]) * group.get("lr_scale", 1.0)
+        for i in self._decaying:
+            self.optimizer.param_groups[i]["weight_decay"] = float(self.schedules["wd"][step])
+        self._before = self._statistics.copy()
+        return step // self.plan.steps_per_epoch
+
+    def micro_batches(self, batches: Sequence[CropBatch]) -> Iterator[MicroBatch]:
+        """The micro-batches of a step as the model takes them."""
+        for i, batch in enumerate(batches):
+            crops = self.views.on_device(batch)  # [(2B, C, S, S), (nB, C, s, s)]
+            crops = [crop.contiguous(memory_format=self.hardware.memory_format) for crop in crops]
+            yield MicroBatch(crops, last=i + 1 == len(batches))
+
+    def exchange_gradients(self, now: bool) -> contextlib.AbstractContextManager:
+        """A context for forward and backward in which the processes exchange gradients only if `now` is true."""
+        skip = isinstance(self.student, DistributedDataParallel) and not now
+        return self.student.no_sync() if skip else contextlib.nullcontext()
+
+    def backward(self, loss: Tensor, accum: int) -> None:
+        """Add the gradients of one of `accum` micro-batches."""
+        self.scaler.scale(loss / accum).backward()
+
+    def unscale(self) -> None:
+        """Take fp16's scale out of the gradients; before anything reads or changes them."""
+        self.scaler.unscale_(self.optimizer)
+
+    def update(self, means: Means) -> tuple[Tensor, Tensor]:
+        """Clip and step, unless a mean or a gradient of any process is not finite: then nothing changes.
+
+        Returns the norm of the gradients before clipping and whether the step was refused, 0-d tensors; the averages
+        of models, which follow, take the second as `skip`.
+        """
+        gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
+        norms = clip_each_(gradients, self.args.clip_grad)
+        refused = ~(means.finite() & norms.isfinite().all())
+        self.optimizer.found_inf = refused.float()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
+        self._statistics.restore(self._before, where=refused)
+        return norms.norm(), refused
+
+    # ---- around the steps
+
+    @property
+    def bare_student(self) -> nn.Module:
+        """The student without DistributedDataParallel; its names are the teacher's."""
+        return self.student.module if isinstance(self.student, DistributedDataParallel) else self.student
+
+    def whole_teacher(self) -> nn.Module:
+        """The teacher for anything but a step: a copy if it is sharded, so all processes must ask for it."""
+        if self._skeleton is None:
+            return self.teacher
+        return sharding.whole_copy(self.teacher, self._skeleton, self.hardware.device)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        steps = self.args.epochs * self.plan.steps_per_epoch
+        return min(steps, self.args.max_steps) if self.args.max_steps else steps
+
+
+# ------------------------------------------------------------------------------------------------ building
+
+
+def choose_hardware(args: argparse.Namespace, device: torch.device, convolutional: bool) -> hardware.Choice:
+    """How the device computes for these arguments. Raises InputError if it can't."""
+    if args.fsdp:
+        sharding.check_can_shard(device, args.optimizer, args.compile)
+    channels_last = convolutional and not args.fsdp  # slices are cut from contiguous parameters
+    return hardware.choose(device, args.amp, args.matmul_precision, channels_last)
+
+
+def common_schedules(args: argparse.Namespace, plan: Plan) -> dict[str, np.ndarray]:
+    """Learning rate (scaled to the global batch) and weight decay of every step of the run."""
+    scale = plan.global_batch / 256
+    epochs, steps = args.epochs, plan.steps_per_epoch
+    return {
+        "lr": cosine_scheduler(args.lr * scale, args.min_lr, epochs, steps, args.warmup_epochs),
+        "wd": cosine_scheduler(args.weight_decay, args.weight_decay_end, epochs, steps),
+    }

@@ -1,0 +1,111 @@
+"""A run as a checkpoint: DINO's keys, and what an exact resume and a reader of the file need as well."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import backbones
+from data.source import ImageSource
+from optim import sharding
+from pretrained import MODEL_KEYS, NEWEST_FORMAT, POLICY_KEYS
+from runtime.guards import InputError
+from runtime.terminal import say
+from training import arguments
+from training.method import Method
+from training.run import Run
+
+
+def training_state(run: Run, method: Method) -> dict[str, Any]:
+    """Everything that trains, whatever the run's processes and sharding; all processes must ask for it."""
+    state = {
+        "student": {f"module.{name}": value for name, value in run.bare_student.state_dict().items()},
+        "optimizer": run.optimizer.state_dict(),
+    }
+    if run.teacher is not None:
+        state["teacher"] = run.teacher.state_dict()
+    if method.loss_key is not None:
+        state[method.loss_key] = run.loss.state_dict()
+    if run.scaler.is_enabled():
+        state["fp16_scaler"] = run.scaler.state_dict()
+    return sharding.gathered(state)
+
+
+def load_training_state(run: Run, method: Method, state: dict[str, Any]) -> None:
+    """The inverse of `training_state`."""
+    student = {name.removeprefix("module."): value for name, value in state["student"].items()}
+    sharding.load_model(run.bare_student, student)
+    if run.teacher is not None:
+        sharding.load_model(run.teacher, state["teacher"])
+    sharding.load_optimizer(run.optimizer, state["optimizer"])
+    if method.loss_key is not None:
+        run.loss.load_state_dict(state[method.loss_key])
+    if run.scaler.is_enabled() and "fp16_scaler" in state:
+        run.scaler.load_state_dict(state["fp16_scaler"])
+
+
+def model_config(run: Run, method: Method, train: ImageSource) -> dict[str, Any]:
+    """What a reader of the checkpoint needs to build the model, and what identifies the run."""
+    args = run.args
+    config = {key: getattr(args, key) for key in (*MODEL_KEYS, *POLICY_KEYS)}
+    if args.mode == "official":
+        config.pop("gamma")
+    else:
+        config["gamma"] = backbones.resolve_gamma(args.arch, args.gamma)
+    config |= {"method": method.name, "format": NEWEST_FORMAT} | method.config(args)
+    config |= {"global_batch": run.plan.global_batch, "steps_per_epoch": run.plan.steps_per_epoch}
+    return config | {"data": train.fingerprint()}
+
+
+def check_same_run(run: Run, method: Method, train: ImageSource, state: dict[str, Any], path: Path) -> None:
+    """Refuse to continue a run whose mathematics changed; mention what else did. Raises InputError."""
+    if "iteration" not in state or "config" not in state:
+        raise InputError(
+            f"{path} was not written by this program, so its run cannot be continued exactly; start a new one in "
+            f"another --output_dir with --init_from {path}"
+        )
+    before = state["config"].get("method", "dino")
+    if before != method.name:
+        raise InputError(
+            f"{path} is of a run by {before}, which {method.name} can't continue; start a new run in another "
+            f"--output_dir, from its backbone with --init_from {path}"
+        )
+    serious, harmless = _changes(run, method, train, state)
+    if harmless:
+        say(f"changed since the run was saved: {', '.join(harmless)}")
+    if serious and not run.args.allow_changed_args:
+        raise InputError(
+            f"{path} is of a run with other arguments: {'; '.join(serious)}. Restore them, choose another "
+            "--output_dir, or accept the change with --allow_changed_args true"
+        )
+    if serious:
+        say(f"warning: the run goes on with changed arguments: {'; '.join(serious)}")
+
+
+def _changes(run: Run, method: Method, train: ImageSource, state: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """What changed since the run was saved: what touches its mathematics, and what doesn't."""
+    old, new = dict(state["args"]), arguments.saved(run.args, method)
+    old |= {key: state["config"].get(key) for key in ("global_batch", "data")}
+    new |= {"global_batch": run.plan.global_batch, "data": train.fingerprint()}
+    changed = {
+        key: f"{key}: {old[key]} -> {new[key]}" for key in new if key in old and _listed(old[key]) != _listed(new[key])
+    }
+    cosmetic = arguments.COSMETIC | method.cosmetic
+    serious = [text for key, text in changed.items() if key not in cosmetic]
+    return serious, [text.replace(": ", " ", 1) for key, text in changed.items() if key in cosmetic]
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def replay_arguments(args: argparse.Namespace, content: dict[str, Any]) -> argparse.Namespace:
+    """The arguments of a replay file's run, for one process on this device."""
+    saved = argparse.Namespace(**{**vars(args), **content["args"]})
+    saved.device, saved.max_steps, saved.global_batch_size, saved.grad_accum = args.device, None, None, 1
+    saved.fsdp = False
+    if args.sources.get("data_path") == "flag":
+        saved.data_path = args.data_path
+    saved.batch_size_per_gpu = len(content["replay"]["images"][0][0])
+    return saved

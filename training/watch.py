@@ -1,0 +1,79 @@
+"""What is looked at between epochs: signs of collapse, an evaluation, pictures at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from data.source import ImageSource
+from evaluation import knn, monitors
+from runtime.distributed import is_main_process
+from runtime.guards import InputError
+from runtime.terminal import say
+from training.run import Run
+
+
+class Watch(Protocol):
+    """What the loop asks for; only the loop writes to log.txt, TensorBoard and the terminal."""
+
+    can_evaluate: bool
+
+    def monitor(self, epoch: int) -> tuple[dict[str, float], str | None]:
+        """Values that tell how training goes, and a warning if they look bad; all processes ask for it."""
+
+    def evaluate(self, should_stop: Callable[[], bool]) -> dict[str, dict[str, Any]]:
+        """What log.txt gets, for example {"k-NN": {"10": {"top1": ..., "top5": ...}}}, in percent; on all processes.
+
+        Raises evaluation.features.Interrupted once `should_stop` says so.
+        """
+
+    def pictures(self, folder: Path) -> None:
+        """Draw what a finished run shows; all processes ask, one draws. Raises ValueError if there is nothing."""
+
+
+class TeacherWatch:
+    """The teacher of a self-supervised run: signs of collapse on a few fixed images, k-NN, attention maps."""
+
+    def __init__(self, run: Run, train: ImageSource, val: ImageSource | None) -> None:
+        self.run, self.train, self.val = run, train, val
+        self.can_evaluate = val is not None
+        self._probe = self._probe_images()
+
+    def _probe_images(self) -> Tensor | None:
+        """Images that the monitors look at all through the run, on rank 0."""
+        if not is_main_process():
+            return None
+        try:
+            return monitors.probe_batch(self.train, self.run.args.img_size)
+        except InputError as error:  # an image that can't be read is no reason not to train
+            say(f"no collapse monitors: {error}")
+            return None
+
+    def monitor(self, epoch: int) -> tuple[dict[str, float], str | None]:
+        """Signs of collapse in the teacher (docs/evaluation.md explains them), on rank 0."""
+        teacher = self.run.whole_teacher()
+        if self._probe is None:
+            return {}, None
+        values = monitors.monitor(teacher, self._probe, self.run.loss.center, self.run.loss.teacher_temp(epoch))
+        return values, monitors.collapse_warning(values, self.run.args.out_dim)
+
+    def evaluate(self, should_stop: Callable[[], bool]) -> dict[str, dict[str, Any]]:
+        """k-NN of the teacher's features: {"k-NN": {k: {"top1", "top5"}}}."""
+        run, args = self.run, self.run.args
+        results = knn.evaluate(
+            run.whole_teacher().backbone, self.train, self.val, args.nb_knn, args.temperature,
+            device=run.hardware.device, img_size=args.img_size, num_workers=args.num_workers,
+            amp_dtype=run.hardware.amp_dtype, should_stop=should_stop,
+        )  # fmt: skip
+        return {"k-NN": {str(k): {"top1": top1, "top5": top5} for k, (top1, top5) in results.items()}}
+
+    def pictures(self, folder: Path) -> None:
+        """attention.png: the teacher's maps of the probe images."""
+        from evaluation import attention
+
+        teacher = self.run.whole_teacher()
+        if self._probe is not None:
+            attention.attention_figure(teacher.backbone, self._probe[:6], folder / "attention.png")
