@@ -4,9 +4,12 @@
     python visualize_attention.py --pretrained_weights official.pth simpool.pth --data_path demo --num_images 8
     python visualize_attention.py --pretrained_weights output/checkpoint.pth --image_path frames/ --video
 
-Works for every model with an attention map: SimPool on any backbone, and the [CLS] heads of an official ViT. Writes to
-attention/ beside the (first) checkpoint, or to --output_dir: grid.png, and for each image and model its map, overlay,
-mask (with --threshold) and, for several heads, each head's map. The flags of DINO's program keep their names.
+Works for every model with an attention map: SimPool on any backbone, and the [CLS] heads of an official ViT. Maps show
+attention as a multiple of uniform attention, all on one scale, so that models and images can be compared; --untrained
+adds the same network with random weights. Writes to attention/ in the (first) checkpoint's folder, or to --output_dir:
+grid.png, and for each image and model its map, overlay, mask (with --threshold) and, for several heads, each head's
+map. `--data_path demo` shows the photographs that the built-in patches are cut from. The flags of DINO's program keep
+their names.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ from torch import Tensor
 from data.datasets import FileSource, open_images
 from data.decode import BadImage
 from data.source import ImageSource, PackedStrings
-from evaluation import attention, options, records
+from evaluation import attention, examples, film, labelled, options, records
+from evaluation.attention_figure import figure_of_maps, save_png
 from runtime.cli import add_flag, parse_program
 from runtime.distributed import choose_device
 from runtime.guards import EXIT_DONE, InputError, input_errors, run_program
@@ -39,15 +43,19 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = options.evaluation_parser("visualize_attention")
     group = parser.add_argument_group("images")
     add_flag(group, "--image_path", nargs="+", default=None, help="image files and folders of images")
-    add_flag(group, "--data_path", default=None, help="or a data set: its first images (val, where it has one)")
-    add_flag(group, "--num_images", type=int, default=8, help="how many images of a folder or data set")
+    add_flag(group, "--data_path", default=None, help="or a data set: its first images, of val if it has one")
+    add_flag(group, "--num_images", type=int, default=None,
+             help="how many images of a folder or data set (default: 8; with --video all)")  # fmt: skip
     add_flag(group, "--image_size", type=int, nargs="+", default=None,
-             help="input height and width (default: 480 480, or the model's own where that is under 96)")  # fmt: skip
+             help="input height and width (default: 480 480, or the model's own if that is under 96)")  # fmt: skip
     group = parser.add_argument_group("pictures")
     add_flag(group, "--output_dir", default=None, help="folder to write to (default: attention/ beside the checkpoint)")
     add_flag(group, "--threshold", type=float, default=None, help="also masks that hold this part of the attention")
     add_flag(group, "--per_head", action="store_true", help="also every [CLS] head in the grid")
     add_flag(group, "--interpolation", choices=("bicubic", "nearest"), default="bicubic", help="how maps are enlarged")
+    add_flag(group, "--normalize", choices=("common", "image"), default="common",
+             help="common: attention / uniform, one scale for all; image: each map by its own range")  # fmt: skip
+    add_flag(group, "--untrained", action="store_true", help="also show the first model with random weights")
     add_flag(group, "--titles", nargs="+", default=None, help="names of the models in the grid, one per checkpoint")
     add_flag(group, "--video", action="store_true", help="treat the images as frames: overlays in order, and a GIF")
     add_flag(group, "--fps", type=float, default=25.0, help="frames per second of the GIF")
@@ -55,14 +63,17 @@ def get_args_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("running")
     add_flag(group, "--device", default="auto", help="auto, cuda, cuda:N, mps or cpu")
     add_flag(group, "--local_rank", type=int, default=0, help="accepted and ignored, as in the other programs")
-    add_flag(group, "--seed", type=int, default=0, help="seed of the weights where no checkpoint is given")
+    add_flag(group, "--seed", type=int, default=0, help="seed of random weights")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program; returns its exit code."""
     args = parse_program("visualize_attention.py", get_args_parser(), __doc__, argv)
-    options.check_positive(args, "num_images")
+    if args.num_images is not None:
+        options.check_positive(args, "num_images")
+    if not 0 < args.fps <= film.MOST_FPS:
+        raise InputError(f"--fps {args.fps:g}: give a number above 0, and at most {film.MOST_FPS:g}")
     if args.threshold is not None and not 0 < args.threshold <= 1:
         raise InputError(f"--threshold {args.threshold}: give the part of the attention to keep, above 0, at most 1")
     first = Path(args.pretrained_weights[0]).parent if args.pretrained_weights else Path(".")
@@ -97,6 +108,10 @@ def load_models(args: argparse.Namespace) -> dict[str, LoadedModel]:
         while title in models:
             title += "'"
         models[title] = loaded
+    if args.untrained:
+        first = next(iter(models.values()))
+        flags = {name: first.config[name] for name in options.MODEL_FLAGS if name in first.config}
+        models["untrained"] = load_checkpoint_model("", device=device, **{"gamma": None, **flags})
     channels = {options.channels(loaded.config) for loaded in models.values()}
     if len(channels) > 1:
         raise InputError(f"the checkpoints take images of {sorted(channels)} channels: show them in separate runs")
@@ -104,7 +119,7 @@ def load_models(args: argparse.Namespace) -> dict[str, LoadedModel]:
 
 
 def title_of(loaded: LoadedModel) -> str:
-    """What the grid calls a model: architecture and pooling, and the epoch where it is known."""
+    """What the grid calls a model: architecture and pooling, and the epoch if it is known."""
     config = loaded.config
     pooling = "SimPool" if config.get("mode") == "simpool" else "[CLS]"
     epoch = f", epoch {loaded.epoch}" if loaded.epoch is not None else "" if loaded.path else ", random weights"
@@ -112,22 +127,23 @@ def title_of(loaded: LoadedModel) -> str:
 
 
 def open_selection(args: argparse.Namespace) -> tuple[ImageSource, np.ndarray]:
-    """The images to show, as a source and indices into it. A folder of frames gives all of them with --video."""
+    """The images to show, as a source and indices into it."""
     if (args.image_path is None) == (args.data_path is None):
         raise InputError("give either --image_path (files, folders) or --data_path (a data set)")
     in_chans = args.in_chans or 3
+    most = args.num_images or (None if args.video else 8)
     if args.data_path is not None:
-        try:
-            source = open_images(args.data_path, "val", -1, in_chans)
-        except InputError:  # a bare folder has no val
-            source = open_images(args.data_path, "train", -1, in_chans)
-        return source, spread(source, args.num_images)
+        if args.data_path.partition(":")[0] == "demo" and not Path(args.data_path).exists() and in_chans == 3:
+            source = examples.Photographs()
+        else:
+            split = "val" if labelled.has_val(args.data_path) else "train"
+            source = open_images(args.data_path, split, -1, in_chans)
+        return source, spread(source, most or len(source))
     files: list[str] = []
     for path in map(Path, args.image_path):
         if path.is_dir():
             inside = open_images(path, "train", -1, in_chans)
-            count = len(inside) if args.video else min(args.num_images, len(inside))
-            files += [inside.name(i) for i in range(count)]
+            files += [inside.name(i) for i in range(min(most or len(inside), len(inside)))]
         elif path.is_file():
             files.append(str(path))
         else:
@@ -137,7 +153,7 @@ def open_selection(args: argparse.Namespace) -> tuple[ImageSource, np.ndarray]:
 
 
 def spread(source: ImageSource, count: int) -> np.ndarray:
-    """The first `count` images, taken class by class in turn where there are labels, so that they differ."""
+    """The first `count` images, taken class by class in turn if there are labels, so that they differ."""
     if source.labels is None:
         return np.arange(min(count, len(source)))
     order = np.argsort(source.labels, kind="stable")
@@ -153,6 +169,7 @@ def input_size(args: argparse.Namespace, models: list[LoadedModel]) -> tuple[int
         native = max(options.input_side(m.config) for m in models)
         size = [480 if native >= 96 else native] * 2
         return tuple(max(step, s // step * step) for s in size)
+    options.check_side(args, "image_size")
     if len(args.image_size) > 2 or min(args.image_size) < 1:
         raise InputError(f"--image_size {' '.join(map(str, args.image_size))}: give one or two sides in pixels")
     size = args.image_size * 2 if len(args.image_size) == 1 else args.image_size
@@ -186,26 +203,27 @@ def write_stills(
     images = load_batch(source, indices, size)
     smooth = args.interpolation == "bicubic"
     stems = unique_stems(source, indices)
-    for title, loaded in models.items():
+    maps_of = {title: attention.attention_maps(loaded.model, images) for title, loaded in models.items()}
+    top = None if args.normalize == "image" else attention.common_top([maps.mean(1) for maps in maps_of.values()])
+    for title, maps in maps_of.items():  # (B, heads, h, w)
         prefix = "" if len(models) == 1 else f"{slug(title)}-"
-        maps = attention.attention_maps(loaded.model, images)  # (B, heads, h, w)
         if maps[0, 0].numel() == 1:
             say(
                 f"{title} sees {size[0]} x {size[1]} pixels as one cell, so its map is flat: give a larger --image_size"
             )
         for stem, image, heads in zip(stems, images, maps, strict=True):
-            shown = attention.pictures(image, heads.mean(0), args.threshold, smooth)
-            attention.save_png(shown.pop("image"), folder / f"{stem}-image.png")
+            shown = attention.pictures(image, heads.mean(0), args.threshold, smooth, top=top)
+            save_png(shown.pop("image"), folder / f"{stem}-image.png")
             for kind, picture in shown.items():
-                attention.save_png(picture, folder / f"{stem}-{prefix}{kind}.png")
+                save_png(picture, folder / f"{stem}-{prefix}{kind}.png")
             if len(heads) > 1:
                 for number, one in enumerate(heads, start=1):
-                    picture = attention.pictures(image, one, None, smooth)["map"]
-                    attention.save_png(picture, folder / f"{stem}-{prefix}head{number}.png")
-    titled = {title: loaded.model for title, loaded in models.items()}
-    path = attention.attention_figure(
-        titled, images, folder / "grid.png", threshold=args.threshold, smooth=smooth, per_head=args.per_head
-    )
+                    picture = attention.pictures(image, one, None, smooth, top=top)["map"]
+                    save_png(picture, folder / f"{stem}-{prefix}head{number}.png")
+    path = figure_of_maps(
+        maps_of, images, folder / "grid.png", threshold=args.threshold, smooth=smooth, per_head=args.per_head,
+        normalize=args.normalize,
+    )  # fmt: skip
     say(f"{len(images)} image(s), {len(models)} model(s): single pictures in {folder}, all together in {path}")
 
 
@@ -214,38 +232,35 @@ def write_video(
     args: argparse.Namespace, folder: Path,
 ) -> None:  # fmt: skip
     """video/frame-00000.png ... (image beside the overlay of every model) and video.gif."""
-    from PIL import Image
-
     frames = folder / "video"
     frames.mkdir(exist_ok=True)
-    written = []
-    for picture in video_frames(models, source, indices, size, args):
-        path = frames / f"frame-{len(written):05d}.png"
-        attention.save_png(picture, path)
-        written.append(path)
-    opened = [Image.open(path) for path in written]
-    opened[0].save(
-        folder / "video.gif", save_all=True, append_images=opened[1:], duration=round(1000 / args.fps), loop=0
-    )
-    for image in opened:
-        image.close()
-    say(f"{len(written)} frames in {frames}, and {folder / 'video.gif'}")
+    shown = saved_frames(video_frames(models, source, indices, size, args), frames)
+    count = film.write_gif(shown, folder / "video.gif", args.fps)
+    say(f"{count} frames in {frames}, and {folder / 'video.gif'}")
+
+
+def saved_frames(pictures: Iterator[np.ndarray], folder: Path) -> Iterator[np.ndarray]:
+    """The pictures, each written to frame-NNNNN.png on its way."""
+    for number, picture in enumerate(pictures):
+        save_png(picture, folder / f"frame-{number:05d}.png")
+        yield picture
 
 
 def video_frames(
     models: dict[str, LoadedModel], source: ImageSource, indices: np.ndarray, size: tuple[int, int],
     args: argparse.Namespace,
 ) -> Iterator[np.ndarray]:  # fmt: skip
-    """One picture per frame, a few frames in memory at a time."""
+    """One picture per frame, a few frames in memory at a time; the first ones set the scale of all."""
     kind = "overlay" if args.threshold is None else "mask"
+    smooth, top = args.interpolation == "bicubic", None
     starts = range(0, len(indices), VIDEO_BATCH)
     for start in progress(starts, len(starts), "frames"):
         images = load_batch(source, indices[start : start + VIDEO_BATCH], size)
         maps = [attention.attention_maps(loaded.model, images).mean(1) for loaded in models.values()]
+        if start == 0 and args.normalize == "common":
+            top = attention.common_top(maps)
         for b, image in enumerate(images):
-            shown = [
-                attention.pictures(image, m[b], args.threshold, args.interpolation == "bicubic")[kind] for m in maps
-            ]
+            shown = [attention.pictures(image, m[b], args.threshold, smooth, top=top)[kind] for m in maps]
             yield np.concatenate([attention.displayable(image), *shown], axis=1)
 
 

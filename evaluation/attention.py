@@ -1,18 +1,18 @@
-"""Where a model looks: attention maps as arrays, and as pictures fit to be printed.
+"""Where a model looks: attention maps as arrays, and as pictures.
 
 SimPool's map is the attention of its one query over all patches (or cells of the feature map); an official ViT's is the
-attention of [CLS] in the last block, one map per head, shown as their mean or one by one. Maps are scaled to [0, 1] per
-image for display, enlarged smoothly or patch by patch, and coloured with viridis. A mask at threshold t is the smallest
-set of patches that holds t of the attention.
+attention of [CLS] in the last block, one map per head, shown as their mean or one by one. Maps are shown relative to
+uniform attention, all on one scale from 0: a map stretched to its own minimum and maximum, as the published figures
+are, makes an untrained model look as sure as a trained one. A mask at threshold t is the smallest set of patches that
+holds t of the attention.
 
 Letters: B images, C channels, H x W pixels, h x w patches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -23,9 +23,9 @@ from data.augment import as_batch, resize
 from data.loader import normalize
 from evaluation.features import eval_mode
 
-OVERLAY = 0.55  # weight of the coloured map over the image
+OVERLAY = 0.85  # weight of the map's colour where attention is largest; where there is none, the image is untouched
+LEAST_TOP = 4.0  # times uniform attention
 DIMMED = 0.2  # brightness that is left outside a mask
-GAP = 6  # pixels between the pictures of a grid
 
 
 # ---- maps -----------------------------------------------------------------------------------------------------------
@@ -71,11 +71,33 @@ def mass_mask(attention: Tensor, threshold: float) -> Tensor:
     return torch.zeros_like(kept).scatter_(-1, order, kept).view(attention.shape)
 
 
-def scaled(attention: Tensor) -> Tensor:
-    """Each map (..., h, w) stretched to [0, 1]; a flat one becomes 0."""
+def stretched(attention: Tensor) -> Tensor:
+    """Each map (..., h, w) stretched to [0, 1] by its own minimum and maximum; a flat one becomes 0."""
     low = attention.amin((-2, -1), keepdim=True)
     span = attention.amax((-2, -1), keepdim=True) - low
     return (attention - low) / span.clamp_min(1e-12)
+
+
+def relative(attention: Tensor) -> Tensor:
+    """Maps (..., h, w) that sum to 1, as multiples of uniform attention."""
+    return attention * attention.shape[-2] * attention.shape[-1]
+
+
+def common_top(attention: Sequence[Tensor]) -> float:
+    """The multiple of uniform attention that ends the scale of several maps: what 99.5 % of their patches reach.
+
+    At least LEAST_TOP, so that maps that are nearly uniform look nearly uniform.
+    """
+    values = torch.cat([relative(maps).flatten() for maps in attention])
+    if not len(values):
+        return LEAST_TOP
+    number = max(1, math.ceil(0.995 * len(values)))
+    return max(LEAST_TOP, values.kthvalue(number).values.item())
+
+
+def displayed(attention: Tensor, top: float | None) -> Tensor:
+    """Maps (..., h, w) in [0, 1]: from 0 to `top` times uniform attention, or, with None, each one stretched."""
+    return stretched(attention) if top is None else (relative(attention) / top).clamp(0, 1)
 
 
 def enlarge(maps: Tensor, size: tuple[int, int], smooth: bool = True) -> Tensor:
@@ -102,8 +124,8 @@ def coloured(values: Tensor) -> np.ndarray:
 
 
 def overlaid(image: np.ndarray, values: Tensor) -> np.ndarray:
-    """The coloured map over the image, which is dimmed where little attention falls."""
-    weight = OVERLAY * (0.45 + 0.55 * values.numpy()[..., None])
+    """The coloured map over the image, in proportion to the attention: where there is none, the image is as it was."""
+    weight = OVERLAY * values.numpy()[..., None]
     return (image * (1 - weight) + coloured(values) * weight).round().astype(np.uint8)
 
 
@@ -120,126 +142,20 @@ def masked(image: np.ndarray, mask: Tensor) -> np.ndarray:
 
 
 def pictures(
-    image: Tensor, attention: Tensor, threshold: float | None = None, smooth: bool = True, side: int | None = None
-) -> dict[str, np.ndarray]:
+    image: Tensor, attention: Tensor, threshold: float | None = None, smooth: bool = True, side: int | None = None,
+    top: float | None = LEAST_TOP,
+) -> dict[str, np.ndarray]:  # fmt: skip
     """The pictures of one image (C, H, W) uint8 under one map (h, w): "map", "overlay" and, with a threshold, "mask".
 
-    side: shorter side of the pictures in pixels, where the image is to be enlarged for print.
+    side: shorter side of the pictures in pixels, if the image is to be enlarged; top: of the scale, see `displayed`.
     """
     size = tuple(image.shape[-2:])
     if side is not None and side != min(size):
         size = tuple(round(s * side / min(size)) for s in size)
         image = resize(image[None], *size)[0]
-    values = enlarge(scaled(attention), size, smooth)
+    values = enlarge(displayed(attention, top), size, smooth)
     shown = displayable(image)
     result = {"image": shown, "map": coloured(values), "overlay": overlaid(shown, values)}
     if threshold is not None:
         result["mask"] = masked(shown, enlarge(mass_mask(attention, threshold).float(), size, smooth=False) > 0.5)
     return result
-
-
-# ---- grids ----------------------------------------------------------------------------------------------------------
-
-
-def _text(text: str, size: int, bold: bool = False) -> Any:
-    """Black text on white as a PIL image, cropped to its height."""
-    from matplotlib import font_manager
-    from PIL import Image, ImageDraw, ImageFont
-
-    path = font_manager.findfont(font_manager.FontProperties(family="DejaVu Sans", weight="bold" if bold else "normal"))
-    font = ImageFont.truetype(path, size)
-    left, _, right, _ = font.getbbox(text)
-    canvas = Image.new("RGB", (max(1, right - left), font.getbbox("Ág")[3]), "white")
-    ImageDraw.Draw(canvas).text((-left, 0), text, fill="black", font=font)
-    return canvas
-
-
-def _shortened(text: str, size: int, width: int, bold: bool = False) -> Any:
-    """The text as an image no wider than `width`, smaller and then cut where it must be."""
-    while (image := _text(text, size, bold)).width > width and size > 9:
-        size -= 1
-    while image.width > width and len(text) > 2:
-        text = text[:-2] + "…"
-        image = _text(text, size, bold)
-    return image
-
-
-def grid(
-    rows: Sequence[Sequence[np.ndarray]], columns: Sequence[str], groups: Sequence[tuple[str, int]] = ()
-) -> np.ndarray:
-    """Equal pictures in rows under column titles, with a line of group titles (text, number of columns) above them."""
-    from PIL import Image
-
-    height, width = rows[0][0].shape[:2]
-    font = max(11, round(width / 14))
-    line = round(1.9 * font)
-    head = line * (2 if groups else 1)
-    # a wider gap where a new group begins
-    starts, group_starts = [], set(np.cumsum([count for _, count in groups])[:-1].tolist()) if groups else set()
-    x = GAP
-    for column in range(len(columns)):
-        x += 3 * GAP if column in group_starts else 0
-        starts.append(x)
-        x += width + GAP
-    canvas = Image.new("RGB", (x, head + len(rows) * (height + GAP)), "white")
-    column = 0
-    for text, count in groups:
-        left, right = starts[column], starts[column + count - 1] + width
-        if text:
-            label = _shortened(text, round(1.1 * font), right - left, bold=True)
-            canvas.paste(label, (left + (right - left - label.width) // 2, (line - label.height) // 2))
-        column += count
-    for left, text in zip(starts, columns, strict=True):
-        label = _shortened(text, font, width)
-        canvas.paste(label, (left + (width - label.width) // 2, head - line + (line - label.height) // 2))
-    for r, row in enumerate(rows):
-        for left, picture in zip(starts, row, strict=True):
-            canvas.paste(Image.fromarray(picture), (left, head + r * (height + GAP)))
-    return np.asarray(canvas)
-
-
-def save_png(picture: np.ndarray, path: str | Path) -> None:
-    """Write a picture (H, W, 3) uint8."""
-    from PIL import Image
-
-    Image.fromarray(picture).save(path)
-
-
-def attention_figure(
-    models: nn.Module | Mapping[str, nn.Module],
-    images: Tensor,
-    path: str | Path,
-    *,
-    threshold: float | None = None,
-    smooth: bool = True,
-    per_head: bool = False,
-    side: int | None = None,
-) -> Path:
-    """Write one labelled PNG: a row per image, and per model its map, overlay and, with a threshold, mask.
-
-    models: one, or several under the titles to print; images: uint8 (B, C, H, W). per_head adds the map of every head
-    of a model with several. side: pixels of a picture's shorter side, by default at least 224.
-    Raises ValueError where a model has no attention map.
-    """
-    named = {"": models} if isinstance(models, nn.Module) else dict(models)
-    side = side or max(224, min(images.shape[-2:]))
-    columns, groups = ["image"], [("", 1)]
-    rows: list[list[np.ndarray]] = [[] for _ in images]
-    for title, model in named.items():
-        attention = attention_maps(model, images)  # (B, heads, h, w)
-        heads = attention.shape[1]
-        kinds = ["map", "overlay"] + (["mask"] if threshold is not None else [])
-        titles = [*kinds]
-        if heads > 1:
-            titles[0] = f"mean of {heads} heads"
-        if per_head and heads > 1:
-            titles += [f"head {head + 1}" for head in range(heads)]
-        columns, groups = columns + titles, [*groups, (title, len(titles))]
-        for row, image, maps in zip(rows, images, attention, strict=True):
-            shown = pictures(image, maps.mean(0), threshold, smooth, side)
-            row.extend(([] if row else [shown["image"]]) + [shown[kind] for kind in kinds])
-            if per_head and heads > 1:
-                row.extend(pictures(image, one, None, smooth, side)["map"] for one in maps)
-    path = Path(path)
-    save_png(grid(rows, columns, groups if any(named) else ()), path)
-    return path

@@ -1,13 +1,13 @@
-"""Is self-distillation collapsing? Numbers that tell, and a plain warning.
+"""Signs of collapse in self-distillation: numbers that show it, and a warning in plain words.
 
 Collapse comes in two forms (Caron et al. 2021, section 5.3): the teacher's output is uniform whatever the image, and
 its entropy reaches log K, or one prototype takes every image, and the entropy is 0. Either way features stop depending
 on the image: their cosine between different images tends to 1, and their effective rank to 1. The loss alone
-does not tell: it falls in the second form, and rests at log K in the first. What tells both forms from health is how
-much the output says about the image (`teacher_information`). The thresholds below were set on small runs that collapsed
-(docs/LOG.md).
+does not show it: it falls in the second form, and stays at log K in the first. What distinguishes both from health is
+how much the output says about the image (`teacher_information`). The thresholds below were set on small runs that
+collapsed (docs/LOG.md).
 
-The features are those of one fixed probe batch, the same images all through the run, so that values can be compared.
+The features are those of one fixed probe batch, the same images throughout the run, so that values can be compared.
 
 Letters: B images of the probe batch, D width, K prototypes.
 """
@@ -15,7 +15,7 @@ Letters: B images of the probe batch, D width, K prototypes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -33,22 +33,28 @@ SAME_FEATURES = 0.95  # mean cosine between different images; runs that learned:
 FEW_DIRECTIONS = 5.0  # effective rank; runs that learned: 14 and more, collapsed: 3 to 5
 
 
-def teacher_entropy(logits: Tensor, center: Tensor, temperature: float) -> float:
-    """Mean entropy of softmax((logits - center) / temperature) over rows, as a part of log K: 1 uniform, 0 one-hot."""
-    log_q = F.log_softmax((logits.float() - center.float()) / temperature, dim=-1)
-    return (-(log_q.exp() * log_q).sum(-1).mean() / math.log(logits.shape[-1])).item()
+# What a loss makes of the teacher's outputs: ((B, K) outputs, epoch) -> (B, K) rows that sum to 1, with its centering
+# and temperature; `DINOLoss.probabilities` is one.
+Probabilities = Callable[[Tensor, int], Tensor]
 
 
-def teacher_information(logits: Tensor, center: Tensor, temperature: float) -> float:
+def teacher_entropy(q: Tensor) -> float:
+    """Mean entropy of the rows of probabilities q (B, K), as a part of log K: 1 uniform, 0 one-hot."""
+    return (row_entropy(q).mean() / math.log(q.shape[-1])).item()
+
+
+def teacher_information(q: Tensor) -> float:
     """Nats that the teacher's output tells of which image it saw: H(mean of q) - mean of H(q) over rows, 0 to log B.
 
-    0 in either form of collapse, where every image gets the same output, uniform or not. The entropy alone does not
+    0 in either form of collapse, in which every image gets the same output, uniform or not. The entropy alone does not
     tell a teacher that gives each image its own prototype from one that gives all the same.
     """
-    log_q = F.log_softmax((logits.float() - center.float()) / temperature, dim=-1)
-    mean = log_q.exp().mean(0)
-    whole = -(mean * mean.clamp_min(1e-30).log()).sum()
-    return (whole + (log_q.exp() * log_q).sum(-1).mean()).item()
+    return (row_entropy(q.float().mean(0)) - row_entropy(q).mean()).item()
+
+
+def row_entropy(q: Tensor) -> Tensor:
+    """Entropy of probabilities (..., K) in nats, with 0 log 0 = 0."""
+    return torch.special.entr(q.float()).sum(-1)
 
 
 def mean_cosine(features: Tensor) -> float:
@@ -61,8 +67,8 @@ def mean_cosine(features: Tensor) -> float:
 def effective_rank(features: Tensor) -> float:
     """exp of the entropy of the normalised singular values of centred features (B, D): directions really used.
 
-    Roy and Vetterli, "The effective rank" (2007). Between 1 and min(B - 1, D); 1 where all features are equal, NaN
-    where one is not finite.
+    Roy and Vetterli, "The effective rank" (2007). Between 1 and min(B - 1, D); 1 if all features are equal, NaN if
+    one is not finite.
     """
     if not features.isfinite().all():
         return math.nan  # the entropy's warning tells; singular values do not exist
@@ -82,22 +88,22 @@ def probe_batch(source: ImageSource, img_size: int, count: int = PROBE_IMAGES) -
 
 
 @torch.no_grad()
-def monitor(teacher: nn.Module, images: Tensor, center: Tensor, temperature: float) -> dict[str, float]:
+def monitor(
+    teacher: nn.Module, images: Tensor, probabilities: Probabilities, epoch: int, center: Tensor | None = None
+) -> dict[str, float]:
     """The monitors of a teacher (with `.backbone` and `.head`) on a probe batch (B, C, S, S) uint8.
 
-    Keys: entropy (of log K), information (nats), center_norm, mean_cosine, effective_rank.
+    probabilities: the loss's, of teacher outputs (B, K) at an epoch; center: the loss's, if it has one.
+    Keys: entropy (of log K), information (nats), mean_cosine, effective_rank and, with a center, center_norm.
     """
     device = next(teacher.parameters()).device
     with eval_mode(teacher):
         features = teacher.backbone(normalize(images.to(device)))
-        logits = teacher.head(features)
-    return {
-        "entropy": teacher_entropy(logits, center.to(device), temperature),
-        "information": teacher_information(logits, center.to(device), temperature),
-        "center_norm": center.float().norm().item(),
-        "mean_cosine": mean_cosine(features),
-        "effective_rank": effective_rank(features),
-    }
+        q = probabilities(teacher.head(features), epoch)
+    values = {"entropy": teacher_entropy(q), "information": teacher_information(q)}
+    if center is not None:
+        values["center_norm"] = center.float().norm().item()
+    return {**values, "mean_cosine": mean_cosine(features), "effective_rank": effective_rank(features)}
 
 
 def collapse_warning(values: Mapping[str, float], out_dim: int) -> str | None:

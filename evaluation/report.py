@@ -1,147 +1,289 @@
-"""What runs and evaluations leave behind for a reader: tables, one JSON per evaluation, and a page about a run.
+"""A page about a run, made of what lies in its folder: state and results first, then curves, pictures and settings.
 
-`write_report` gathers what lies in a run's folder (log.txt, config.json, the JSON files of its evaluations, attention
-grids) into report.html, which needs no other file, and writes its curves as a PNG too. It can be called again at any
-time, also by hand: python -c "from evaluation.report import write_report; write_report('output')".
+`write_report` gathers log.txt, config.json, the run's evaluations (evaluation/found.py) and attention grids into
+report.html, which needs no other file. It can be called at any time, while the run is under way as well, also by hand:
+python -c "from evaluation.report import write_report; write_report('output')". Whatever the folder holds, a page is
+written: what can't be read becomes a line on it.
 """
 
 from __future__ import annotations
 
-import base64
 import datetime
-import html
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.plots import plot_curves, read_log
+from evaluation import page, plots
+from evaluation.found import Evaluation, find_evaluations
 from evaluation.records import table
 from runtime.checkpoint import write_text_atomic
 from runtime.guards import InputError
 
-
-def evaluation_tables(folder: str | Path) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, header, rows) of every evaluation whose JSON lies in the folder."""
-    folder, tables = Path(folder), []
-    knn = _read_json(folder / "eval_knn.json")
-    if knn:
-        rows = knn["results"].get("knn", [])
-        cells = [[str(r["k"]), f"{r['temperature']:g}", f"{r['top1']:.2f}", f"{r['top5']:.2f}"] for r in rows]
-        tables.append(("k-NN", ["k", "temperature", "top-1", "top-5"], cells))
-        low = knn["results"].get("low_shot") or {}
-        if low:
-            cells = [[nu, str(r["k"]), f"{r['mean']:.2f} ± {r['std']:.2f}"] for nu, r in low.items()]
-            tables.append(("Low-shot k-NN", ["images per class", "k", "top-1"], cells))
-    linear = _read_json(folder / "eval_linear.json")
-    if linear:
-        best, on = linear["results"]["selected"], linear["settings"].get("selected_on", "val")
-        cells = [[best["head"], str(best["epoch"]), f"{best['val_top1']:.2f}", f"{best['val_top5']:.2f}"]]
-        tables.append((f"Linear probe (head chosen on {on})", ["head", "epoch", "top-1", "top-5"], cells))
-    logistic = _read_json(folder / "eval_logistic.json")
-    if logistic and logistic["results"]:
-        found = logistic["results"]
-        cells = [[f"{found['penalty']:g}", f"{found['top1']:.2f}", f"{found['top5']:.2f}"]]
-        tables.append(("Logistic regression on cached features", ["penalty", "top-1", "top-5"], cells))
-    return tables
+STATES = ("running", "done", "preempted", "stopped")
+STALE_S = 30 * 60  # a run that has written nothing for so long, and left no marker, has stopped
+SIGNS_OF_LIFE = ("heartbeat", ".heartbeat", "log.txt", "checkpoint.pth", "config.json")
+# What says most about a run if it is not known which settings differ from their defaults.
+MAIN_SETTINGS = (
+    "method", "arch", "mode", "gamma", "patch_size", "img_size", "data_path", "subset", "epochs", "batch_size_per_gpu",
+    "global_batch_size", "optimizer", "lr", "recipe", "out_dim", "seed",
+)  # fmt: skip
+_LARGEST_PICTURE = 16 << 20  # bytes
 
 
-def summary(folder: str | Path) -> str:
-    """One table of all evaluations whose JSON lies in the folder."""
-    rows = []
-    for title, header, cells in evaluation_tables(folder):
-        top1 = header.index("top-1")
-        for row in cells:
-            setting = ", ".join(f"{name} {value}" for name, value in zip(header[:top1], row, strict=False))
-            rows.append([title, setting, row[top1], row[top1 + 1] if len(row) > top1 + 1 else ""])
-    return table(["evaluation", "setting", "top-1", "top-5"], rows)
+def write_report(output_dir: str | Path, state: str | None = None, changed: Sequence[str] | None = None) -> Path:
+    """Write output_dir/report.html from what lies in the folder; returns its path.
 
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}): remove it, or run the evaluation again") from error
-
-
-def write_report(output_dir: str | Path) -> Path:
-    """Write output_dir/report.html and curves.png from what lies in the folder; returns the path of the page.
-
-    Attention grids are taken from output_dir/attention*.png and output_dir/attention/grid.png. Raises InputError where
-    the folder holds neither a log nor an evaluation.
+    state: one of STATES if the caller knows it, else it is told from the markers and the last sign of life. changed:
+    names of the settings that are not their defaults, which the page shows open.
+    Raises InputError if there is no such folder, ValueError for an unknown state, OSError if the page can't be written;
+    nothing for what the folder holds.
     """
     folder = Path(output_dir)
-    log = folder / "log.txt"
-    rows = read_log(log) if log.is_file() else []
-    tables = evaluation_tables(folder)
-    if not rows and not tables:
-        raise InputError(f"{folder} holds no log.txt and no evaluation's JSON: there is nothing to report")
-    config = _read_json(folder / "config.json") or {}
-    parts = [f"<h1>{html.escape(_run_title(config, folder))}</h1>", f"<p>{html.escape(_run_state(rows, folder))}</p>"]
-    if rows and plot_curves(rows, folder / "curves.png"):
-        parts.append("<h2>Training</h2>" + _embedded(folder / "curves.png", "training curves"))
-    final = _final_row(rows)
-    if final:
-        parts.append("<h2>Last epoch</h2>" + _html_table(["", ""], final))
-    if tables:
-        parts.append("<h2>Evaluations</h2>")
-        parts += [f"<h3>{html.escape(title)}</h3>" + _html_table(header, cells) for title, header, cells in tables]
-    if (folder / "eval_linear.png").is_file():
-        parts.append(_embedded(folder / "eval_linear.png", "linear probes by learning rate"))
-    grids = [*sorted(folder.glob("attention*.png")), folder / "attention" / "grid.png"]
-    for path in (path for path in grids if path.is_file()):
-        parts.append(f"<h2>Attention</h2>{_embedded(path, 'attention maps')}")
-    if config:
-        cells = [[str(key), json.dumps(value)] for key, value in sorted(config.items())]
-        parts.append("<h2>Configuration</h2>" + _html_table(["setting", "value"], cells))
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder: give the --output_dir of a run or an evaluation")
+    if state is not None and state not in STATES:
+        raise ValueError(f"state {state!r}: one of {', '.join(STATES)}")
+    problems: list[str] = []
+    rows = _log(folder / "log.txt", problems)
+    config = _config(folder / "config.json", problems)
+    evaluations = find_evaluations(folder)
+    problems += [e.problem for e in evaluations if e.problem]
+    good = [e for e in evaluations if not e.problem]
+    state = state or state_of(folder)
+    is_run = bool(rows or config)
+    facts = _facts(rows, config, good, state, folder)
+    sections = [
+        page.heading(_title(config, good, folder), state if is_run else None, facts),
+        page.notes("Problems", problems),
+        page.section("Results", _results(rows, good)),
+        page.section("Training", _curves(rows, config) if is_run else ""),
+        page.section("Attention", _pictures(folder, problems)),
+        page.section("Settings that are not the defaults" if changed is not None else "Main settings",
+                     _settings(config, changed if changed is not None else MAIN_SETTINGS)),
+        page.folded("All settings", _settings(config, None)),
+        page.folded("The last epoch in numbers", page.table(["", ""], _last_row(rows))),
+        *(_detail(evaluation) for evaluation in good),
+    ]  # fmt: skip
     path = folder / "report.html"
-    write_text_atomic(path, _PAGE.format(title=html.escape(folder.name or "run"), body="\n".join(parts)))
+    write_text_atomic(
+        path, page.document(_title(config, good, folder), sections, refresh=state == "running" and is_run)
+    )
     return path
 
 
-def _run_title(config: dict[str, Any], folder: Path) -> str:
-    if "arch" not in config:
-        return f"Run {folder.resolve().name}"
-    mode = "SimPool" if config.get("mode") == "simpool" else str(config.get("mode", ""))
-    return f"{config['arch']} {mode}: {folder.resolve().name}"
+# ---- the state ------------------------------------------------------------------------------------------------------
 
 
-def _run_state(rows: Sequence[dict[str, Any]], folder: Path) -> str:
-    marker = next((name for name in ("DONE", "PREEMPTED") if (folder / name).exists()), None)
-    state = {"DONE": "finished", "PREEMPTED": "preempted, to be resumed", None: "not finished"}[marker]
-    epochs = f"{rows[-1]['epoch'] + 1} epochs, {state}; " if rows else ""
-    return f"{epochs}page of {datetime.datetime.now().astimezone().isoformat(' ', 'minutes')}"
+def state_of(folder: Path, now: float | None = None) -> str:
+    """One of STATES, from the marker that a run left, or else from its last sign of life."""
+    for marker, state in (("DONE", "done"), ("PREEMPTED", "preempted")):
+        if (folder / marker).exists():
+            return state
+    last = last_sign_of_life(folder)
+    return "running" if last is not None and (now or time.time()) - last < STALE_S else "stopped"
 
 
-def _final_row(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+def last_sign_of_life(folder: Path) -> float | None:
+    """When a run last wrote one of the files that it writes while it works; seconds since the epoch."""
+    times = []
+    for name in SIGNS_OF_LIFE:
+        try:
+            times.append((folder / name).stat().st_mtime)
+        except OSError:
+            continue
+    return max(times, default=None)
+
+
+def _facts(
+    rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any], evaluations: Sequence[Evaluation], state: str,
+    folder: Path,
+) -> list[str]:  # fmt: skip
+    """The lines below the title: how far the run is, or what was evaluated, and when the page was written."""
+    facts = []
+    if rows or config:
+        done, epochs = (int(rows[-1]["epoch"]) + 1 if rows else 0), config.get("epochs")
+        progress = f"{done} of {epochs} epochs" if plots.is_number(epochs) else f"{done} epochs"
+        times = [row["time_s"] for row in rows[-5:] if plots.is_number(row.get("time_s"))]
+        if times:
+            each = sum(times) / len(times)
+            progress += f", {_duration(each)} each"
+            if state == "running" and plots.is_number(epochs) and epochs > done:
+                progress += f", about {_duration(each * (epochs - done))} left"
+        facts.append(progress)
+        if config.get("data_path"):
+            facts.append(f"images: {config['data_path']}")
+    elif evaluations:
+        latest = evaluations[-1]
+        data = latest.content.get("data") if isinstance(latest.content.get("data"), Mapping) else {}
+        facts.append(f"checkpoint: {latest.model('checkpoint') or 'none (random weights)'}")
+        if latest.model("checkpoint_sha256"):
+            facts.append(f"SHA-256 {latest.model('checkpoint_sha256')}")
+        sizes = ", ".join(f"{data[key]} {what}" for key, what in
+                          (("train_images", "training"), ("val_images", "validation images"), ("classes", "classes"))
+                          if key in data)  # fmt: skip
+        facts.append(
+            f"data: {data.get('data_path', data.get('load_features', 'unknown'))}" + (f" ({sizes})" if sizes else "")
+        )
+    last = last_sign_of_life(folder)
+    if state in ("running", "stopped") and last is not None:
+        facts.append(f"last sign of life {_stamp(last)}")
+    return [*facts, f"page written {_stamp(time.time())}"]
+
+
+def _stamp(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.3g} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _title(config: Mapping[str, Any], evaluations: Sequence[Evaluation], folder: Path) -> str:
+    """The model and the folder; for a folder of evaluations what the checkpoint says of the model."""
+    model, epoch = config, None
+    if "arch" not in config and evaluations:
+        recorded, epoch = evaluations[-1].model("config"), evaluations[-1].model("epoch")
+        model = recorded if isinstance(recorded, Mapping) else {}
+    name = folder.resolve().name
+    if "arch" not in model:
+        return f"Run {name}"
+    mode = {"simpool": "SimPool", "official": "official"}.get(model.get("mode"), str(model.get("mode") or ""))
+    after = f", epoch {epoch}" if epoch is not None else ""
+    return f"{model['arch']} {mode}{after}: {name}"
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def _log(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    try:
+        return plots.read_log(path)
+    except OSError as error:
+        problems.append(f"{path} can't be read: {error.strerror or error}")
+        return []
+
+
+def _config(path: Path, problems: list[str]) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(config, dict):
+            return config
+        problems.append(f"{path} holds a {type(config).__name__} and not an object")
+    except (OSError, ValueError, RecursionError) as error:
+        problems.append(f"{path} can't be read ({type(error).__name__})")
+    return {}
+
+
+# ---- sections -------------------------------------------------------------------------------------------------------
+
+
+def _results(rows: Sequence[Mapping[str, Any]], evaluations: Sequence[Evaluation]) -> str:
+    """The headline numbers: k-NN while training, and a row per evaluation with a column per folder."""
+    parts = []
+    online = []
+    for name, cases in plots.evaluations_of(rows).items():
+        for case in cases:
+            epochs, values = plots.series(rows, name, case, "top1")
+            best = max(range(len(values)), key=values.__getitem__)
+            label = f"{case}-NN" if name == "k-NN" else f"{name} {case}"
+            online.append(
+                [label, f"{values[0]:.2f}", f"{values[-1]:.2f}", f"{values[best]:.2f} (epoch {epochs[best]:g})"]
+            )
+    if online:
+        parts.append("<h3>While training</h3>" + page.table(["top-1, %", "first", "last", "best"], online))
+    columns, cells = comparison(evaluations)
+    if cells:
+        parts.append("<h3>Evaluations</h3>" + page.table(["top-1, %", *columns], cells))
+    return "".join(parts)
+
+
+def comparison(evaluations: Sequence[Evaluation]) -> tuple[list[str], list[list[str]]]:
+    """(labels, rows) of top-1: a row per evaluation and setting, a column per folder in the order of their dates."""
+    labels = list(dict.fromkeys(evaluation.label or "this folder" for evaluation in evaluations))
+    values: dict[str, dict[str, str]] = {}
+    for evaluation in evaluations:
+        for title, header, rows in evaluation.tables:
+            if "top-1" not in header:
+                continue
+            top1 = header.index("top-1")
+            for row in rows:
+                # the setting that was chosen (a head, a penalty) differs between models: one row for all of them
+                chosen = header[0] in ("head", "penalty", "file")
+                setting = ", ".join(f"{n} {v}" for n, v in zip(header[:top1], row, strict=False) if v)
+                name = title if chosen else f"{title}, {setting}"
+                values.setdefault(name, {})[evaluation.label or "this folder"] = row[top1]
+    return labels, [[name, *(found_here.get(label, "") for label in labels)] for name, found_here in values.items()]
+
+
+def _curves(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> str:
+    if not rows:
+        return "<p>No epoch is finished yet.</p>"
+    pictures = [page.image(plots.draw(panel), panel.title) for panel in plots.panels(rows, config)]
+    return f'<div class="panels">{"".join(pictures)}</div>'
+
+
+def _pictures(folder: Path, problems: list[str]) -> str:
+    """Attention grids, and the sweeps' plots of the folder and those below it."""
+    paths = [*sorted(folder.glob("attention*.png")), *sorted(folder.glob("**/attention/grid.png"))[:4]]
+    parts = []
+    for path in paths[:8]:
+        try:
+            if path.stat().st_size <= _LARGEST_PICTURE and path.is_file():
+                parts.append(
+                    f"<h3>{page.text(path.relative_to(folder))}</h3>" + page.wide(path.read_bytes(), "attention")
+                )
+        except OSError as error:
+            problems.append(f"{path} can't be read: {error.strerror or error}")
+    return "".join(parts)
+
+
+def _settings(config: Mapping[str, Any], names: Sequence[str] | None) -> str:
+    keys = sorted(config) if names is None else [name for name in names if config.get(name) is not None]
+    return page.table(["setting", "value"], [[key, json.dumps(config[key])] for key in keys])
+
+
+def _last_row(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     last = rows[-1] if rows else {}
-    return [[key, f"{value:.4g}"] for key, value in last.items() if isinstance(value, int | float)]
+    flat = {**{k: v for k, v in last.items() if k != "monitors"}, **(last.get("monitors") or {})} if last else {}
+    return [[str(key), f"{value:.4g}"] for key, value in flat.items() if plots.is_number(value)]
 
 
-def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+def _detail(evaluation: Evaluation) -> str:
+    """One evaluation in full: its tables, its plot, its images and settings."""
+    tables = "".join(f"<h3>{page.text(title)}</h3>{page.table(head, rows)}" for title, head, rows in evaluation.tables)
+    picture = evaluation.path.with_suffix(".png")
+    if picture.is_file() and not picture.is_symlink() and picture.stat().st_size <= _LARGEST_PICTURE:
+        tables += page.wide(picture.read_bytes(), "linear probes by learning rate")
+    facts = {"date": evaluation.content.get("date")}
+    for part in ("model", "data", "settings"):
+        known = evaluation.content.get(part)
+        facts |= known if isinstance(known, Mapping) else {}
+    rows = [[key, json.dumps(value)[:300]] for key, value in facts.items() if value is not None]
+    where = f"{evaluation.label}/" if evaluation.label else ""
+    return page.folded(f"{where}{evaluation.path.name}", tables + page.table(["", ""], rows))
 
-    head = line(header, "th") if any(header) else ""
-    return f"<table>{head}{''.join(line(row, 'td') for row in rows)}</table>"
+
+# ---- on the terminal ------------------------------------------------------------------------------------------------
 
 
-def _embedded(path: Path, what: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{html.escape(what)}" src="data:image/png;base64,{data}">'
+def evaluation_tables(folder: str | Path) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, header, rows) of every evaluation that belongs to the folder and can be read."""
+    return [entry for evaluation in find_evaluations(Path(folder)) for entry in evaluation.tables]
 
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
-h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.15rem; margin-top: 2rem; border-bottom: 1px solid #ddd; }}
-h3 {{ font-size: 1rem; margin-bottom: .3rem; }}
-img {{ max-width: 100%; }} table {{ border-collapse: collapse; margin: .5rem 0; }}
-td, th {{ padding: .15rem .8rem .15rem 0; text-align: left; border-bottom: 1px solid #eee; }}
-td {{ font-variant-numeric: tabular-nums; }}
-</style></head><body>
-{body}
-</body></html>
-"""
+def summary(folder: str | Path) -> str:
+    """One table of all evaluations that belong to the folder, and what model, checkpoint and images they are of."""
+    folder = Path(folder)
+    good = [e for e in find_evaluations(folder) if not e.problem]
+    labels, rows = comparison(good)
+    facts = _facts([], {}, good, "done", folder)[:-1]
+    return "\n".join([_title({}, good, folder), *facts, "", table(["top-1, %", *labels], rows)])

@@ -43,6 +43,23 @@ def test_a_folder_of_frames_becomes_a_video(root, tmp_path):
         assert film.n_frames == 12
 
 
+def test_a_video_has_as_many_frames_as_asked(root, tmp_path):
+    """--num_images limits the frames of a folder."""
+    checkpoint = tiny_checkpoint(tmp_path / "simpool.pth")
+    flags = ["--image_path", str(root / "val"), "--video", "--num_images", "5", "--output_dir", str(tmp_path / "out")]
+    assert visualize_attention.main(["--pretrained_weights", str(checkpoint), *flags]) == 0
+    assert len(list((tmp_path / "out" / "video").iterdir())) == 5
+
+
+def test_the_demo_shows_photographs_beside_an_untrained_network(tmp_path):
+    """--data_path demo takes whole photographs, and --untrained adds a column of the same network's random weights."""
+    checkpoint = tiny_checkpoint(tmp_path / "simpool.pth")
+    flags = ["--num_images", "2", "--image_size", "64", "--untrained", "--output_dir", str(tmp_path / "out")]
+    assert visualize_attention.main(["--pretrained_weights", str(checkpoint), "--data_path", "demo", *flags]) == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"cat-image.png", "cat-untrained-map.png", "grid.png"} <= names
+
+
 def test_images_of_a_labelled_set_come_from_different_classes(root):
     """The first images of a labelled set are taken class by class in turn."""
     source = visualize_attention.open_images(root, "val")
@@ -56,6 +73,9 @@ def test_images_of_a_labelled_set_come_from_different_classes(root):
         (["--threshold", "1.5"], "1.5"),
         (["--titles", "a", "b"], "2 names for 1"),
         (["--num_images", "0"], "num_images 0"),
+        (["--fps", "0"], "fps 0"),
+        (["--fps", "nan"], "fps nan"),
+        (["--image_size", "1000000"], "image_size 1000000"),
         (["--image_path", "/nowhere.jpg"], "either --image_path"),
     ],
 )

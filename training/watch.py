@@ -57,7 +57,8 @@ class TeacherWatch:
         teacher = self.run.whole_teacher()
         if self._probe is None:
             return {}, None
-        values = monitors.monitor(teacher, self._probe, self.run.loss.center, self.run.loss.teacher_temp(epoch))
+        loss = self.run.loss
+        values = monitors.monitor(teacher, self._probe, loss.probabilities, epoch, loss.center)
         return values, monitors.collapse_warning(values, self.run.args.out_dim)
 
     def evaluate(self, should_stop: Callable[[], bool]) -> dict[str, dict[str, Any]]:
@@ -72,8 +73,8 @@ class TeacherWatch:
 
     def pictures(self, folder: Path) -> None:
         """attention.png: the teacher's maps of the probe images."""
-        from evaluation import attention
+        from evaluation import attention_figure
 
         teacher = self.run.whole_teacher()
         if self._probe is not None:
-            attention.attention_figure(teacher.backbone, self._probe[:6], folder / "attention.png")
+            attention_figure.attention_figure(teacher.backbone, self._probe[:6], folder / "attention.png")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import backbones
 import vision_transformer as vits
@@ -67,20 +66,6 @@ def test_images_are_fitted_without_distortion():
     assert attention.fit(wide, (20, 20)).shape == (3, 20, 20)
 
 
-def test_a_grid_shows_every_image_under_every_model(tmp_path):
-    """One row per image; per model a map, an overlay and a mask beside the untouched image, all at print size."""
-    images = photographs(size=(32, 32))
-    models = {"official": tiny_vit("official"), "SimPool": tiny_vit("simpool")}
-    path = attention.attention_figure(models, images, tmp_path / "grid.png", threshold=0.5, per_head=True)
-    picture = np.asarray(Image.open(path))
-    columns = 1 + (3 + 2) + 3
-    assert picture.shape[1] == attention.GAP + columns * (224 + attention.GAP) + 2 * 3 * attention.GAP
-    assert picture.shape[0] > 2 * (224 + attention.GAP)
-    shown = attention.pictures(images[0], torch.rand(4, 4), side=224)["image"]
-    row = picture.shape[0] - 2 * (224 + attention.GAP)
-    assert np.array_equal(picture[row : row + 224, attention.GAP : attention.GAP + 224], shown)
-
-
 def test_the_mask_picture_keeps_the_inside_and_dims_the_rest():
     """Pixels inside the mask are the image's own; outside they are gray and darker."""
     image = photographs(1)[0]
@@ -91,3 +76,27 @@ def test_the_mask_picture_keeps_the_inside_and_dims_the_rest():
     right = mask[:, 26:].astype(int)
     assert (right.max(2) == right.min(2)).all()
     assert right.mean() < attention.displayable(image)[:, 26:].mean()
+
+
+def test_uniform_and_random_maps_do_not_look_sure():
+    """On the common scale a nearly uniform map stays dim, whereas stretched it would reach both ends."""
+    flat = torch.full((1, 14, 14), 1 / 196) * (1 + 0.05 * torch.rand(1, 14, 14))
+    flat /= flat.sum()
+    peaked = torch.zeros(1, 14, 14)
+    peaked[0, 3:6, 3:6] = 1 / 9
+    top = attention.common_top([flat, peaked])
+    assert attention.common_top([flat]) == attention.LEAST_TOP
+    assert attention.displayed(flat, top).amax() < 0.3
+    assert attention.displayed(peaked, top)[0, 4, 4] == 1
+    assert attention.displayed(flat, None).amax() == pytest.approx(1)
+    assert attention.relative(flat).mean() == pytest.approx(1, rel=1e-5)
+
+
+def test_nothing_is_tinted_where_attention_is_zero():
+    """Pixels under patches without attention are the image's own in the overlay."""
+    image = photographs(1)[0]
+    weights = torch.zeros(4, 6)
+    weights[:, :3] = 1 / 12
+    overlay = attention.pictures(image, weights, smooth=False)["overlay"]
+    assert np.array_equal(overlay[:, 24:], attention.displayable(image)[:, 24:])
+    assert not np.array_equal(overlay[:, :24], attention.displayable(image)[:, :24])

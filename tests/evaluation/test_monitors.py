@@ -13,28 +13,23 @@ from tests.reference import tensor
 
 
 def test_entropy_is_one_for_uniform_and_zero_for_one_hot_outputs():
-    """Entropy in parts of log K is 1 for equal logits, 0 for a dominant one, and follows center and temperature."""
-    center = torch.zeros(1, 50)
-    assert monitors.teacher_entropy(torch.ones(4, 50), center, 0.04) == pytest.approx(1.0, abs=1e-5)
-    one_hot = 100 * torch.nn.functional.one_hot(torch.arange(4), 50)
-    assert monitors.teacher_entropy(one_hot, center, 0.04) == pytest.approx(0.0, abs=1e-6)
-    logits = tensor(1, (4, 50))
-    assert monitors.teacher_entropy(logits, logits[:1], 1.0) != monitors.teacher_entropy(logits, center, 1.0)
-    q = torch.softmax(logits / 0.5, 1)
+    """Entropy in parts of log K is 1 for equal probabilities and 0 for certain ones."""
+    assert monitors.teacher_entropy(torch.full((4, 50), 1 / 50)) == pytest.approx(1.0, abs=1e-5)
+    assert monitors.teacher_entropy(torch.eye(50)[:4]) == 0
+    q = torch.softmax(tensor(1, (4, 50)) / 0.5, 1)
     expected = -(q * q.log()).sum(1).mean().item() / math.log(50)
-    assert monitors.teacher_entropy(logits, center, 0.5) == pytest.approx(expected, rel=1e-5)
+    assert monitors.teacher_entropy(q) == pytest.approx(expected, rel=1e-5)
 
 
 def test_information_tells_collapse_from_a_sure_teacher():
     """0 where all images get one output, uniform or one-hot; log B where each gets a prototype of its own."""
-    center, each = torch.zeros(1, 50), 100 * torch.nn.functional.one_hot(torch.arange(4), 50)
-    assert monitors.teacher_information(torch.ones(4, 50), center, 0.04) == pytest.approx(0, abs=1e-6)
-    assert monitors.teacher_information(each[:1].repeat(4, 1), center, 0.04) == pytest.approx(0, abs=1e-6)
-    assert monitors.teacher_information(each, center, 0.04) == pytest.approx(math.log(4), abs=1e-5)
-    logits = tensor(1, (4, 50))
-    q = torch.softmax(logits / 0.5, 1)
+    each = torch.eye(50)[:4]
+    assert monitors.teacher_information(torch.full((4, 50), 1 / 50)) == pytest.approx(0, abs=1e-6)
+    assert monitors.teacher_information(each[:1].repeat(4, 1)) == pytest.approx(0, abs=1e-6)
+    assert monitors.teacher_information(each) == pytest.approx(math.log(4), abs=1e-5)
+    q = torch.softmax(tensor(1, (4, 50)) / 0.5, 1)
     divergence = (q * (q / q.mean(0)).log()).sum(1).mean()  # the same quantity, as a mean divergence from the mean
-    assert monitors.teacher_information(logits, center, 0.5) == pytest.approx(divergence.item(), rel=1e-4)
+    assert monitors.teacher_information(q) == pytest.approx(divergence.item(), rel=1e-4)
 
 
 def test_mean_cosine_is_over_pairs_of_different_images():
@@ -81,7 +76,15 @@ def test_the_probe_batch_is_fixed_and_the_model_keeps_its_mode():
     backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 8, 8), torch.nn.BatchNorm2d(8), torch.nn.Flatten())
     teacher = torch.nn.ModuleDict({"backbone": backbone, "head": torch.nn.Linear(128, 64)}).train()
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    values = monitors.monitor(teacher, images, torch.zeros(1, 64), 0.04)
+    asked = []
+
+    def probabilities(outputs, epoch):
+        asked.append((tuple(outputs.shape), epoch))
+        return torch.softmax(outputs, dim=1)
+
+    values = monitors.monitor(teacher, images, probabilities, 3, torch.zeros(1, 64))
+    assert asked == [((16, 64), 3)]
+    assert "center_norm" not in monitors.monitor(teacher, images, probabilities, 3)
     assert set(values) == {"entropy", "information", "center_norm", "mean_cosine", "effective_rank"}
     assert teacher.training
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())

@@ -1,54 +1,160 @@
-"""Reports: what lies in a run's folder stands on its page, and the page needs no other file."""
+"""Reports: what lies in a run's folder stands on its page, whatever else lies there."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import time
 
 import pytest
 
-from evaluation import plots, records, report
+from evaluation import records, report
 from runtime.guards import InputError
 
+KNN = {"knn": [{"k": 10, "temperature": 0.07, "top1": 61.25, "top5": 90.0}]}
 
-def write_run(folder):
-    rows = [
+
+def write_evaluation(folder, name, results, checkpoint=None, sha=None, date="2026-01-01"):
+    folder.mkdir(parents=True, exist_ok=True)
+    model = {"checkpoint": checkpoint, "checkpoint_sha256": sha, "config": {"arch": "vit_tiny", "mode": "simpool"}}
+    content = {"date": date, "model": model, "data": {"data_path": "/images"}, "settings": {}, "results": results}
+    (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+def write_run(folder, rows=4):
+    log = [
         {
-            "epoch": e, "train_loss": 5 - e, "train_entropy": 3.0, "train_kl": 2 - e, "train_lr": 0.1 * e,
+            "epoch": e, "train_loss": 5 - e, "train_entropy": 3.0, "train_kl": 2 - e, "train_lr": 0.1 * e, "time_s": 60,
             "monitors": {"entropy": 0.9, "mean_cosine": 0.5, "effective_rank": 9.0, "center_norm": 1.0},
             **({"k-NN": {"10": {"top1": 40.0 + e, "top5": 80.0}}} if e % 2 else {}),
         }
-        for e in range(4)
+        for e in range(rows)
     ]  # fmt: skip
-    (folder / "log.txt").write_text("\n".join(map(json.dumps, rows)) + '\n{"epoch": 4, "train_lo')
-    (folder / "config.json").write_text(json.dumps({"arch": "vit_small", "mode": "simpool", "note": "<b>bold</b>"}))
-    knn = {"knn": [{"k": 10, "temperature": 0.07, "top1": 61.25, "top5": 90.0}]}
-    (folder / "eval_knn.json").write_text(json.dumps({"results": knn, "settings": {}}))
+    (folder / "log.txt").write_text("\n".join(map(json.dumps, log)) + '\n{"epoch": 4, "train_lo')
+    config = {"arch": "vit_small", "mode": "simpool", "note": "<b>bold</b>", "out_dim": 1024, "epochs": 10}
+    (folder / "config.json").write_text(json.dumps(config))
+    write_evaluation(folder, "eval_knn", KNN)
 
 
 def test_a_page_holds_curves_tables_and_configuration_in_itself(tmp_path):
     """Every number source stands on the page, pictures are embedded, nothing is fetched, and text is escaped."""
     write_run(tmp_path)
-    page = report.write_report(tmp_path).read_text()
-    assert "61.25" in page
-    assert "vit_small SimPool" in page
-    assert "&lt;b&gt;bold" in page
-    assert len(re.findall(r'src="data:image/png;base64,', page)) == 1
-    assert not re.search(r'(src|href)="(?!data:)', page)
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    text = report.write_report(tmp_path).read_text()
+    assert "61.25" in text
+    assert "vit_small SimPool" in text
+    assert "43.00 (epoch 4)" in text
+    assert "&lt;b&gt;bold" in text
+    assert len(re.findall(r'src="data:image/png;base64,', text)) == 8
+    assert not re.search(r'(src|href)="(?!data:)', text)
+    assert text.index("61.25") < text.index("<h2>Training") < text.index("<h2>Main settings")
 
 
-def test_a_torn_line_and_missing_values_do_not_stop_a_report(tmp_path):
-    """A log cut in the middle of a line, with nulls in it, is plotted as far as it goes."""
-    (tmp_path / "log.txt").write_text('{"epoch": 0, "train_loss": null}\n{"epoch": 1, "train_loss": 3.0}\n{"epo')
-    assert plots.series(plots.read_log(tmp_path / "log.txt"), "train_loss") == ([1], [3.0])
-    assert report.write_report(tmp_path).is_file()
+def test_the_settings_that_are_not_the_defaults_stand_open(tmp_path):
+    """Named ones are shown as such; all of them are there, folded."""
+    write_run(tmp_path)
+    text = report.write_report(tmp_path, changed=["note"]).read_text()
+    section = text[text.index("<h2>Settings that are not the defaults") : text.index("<summary>All settings")]
+    assert "bold" in section
+    assert "out_dim" not in section
 
 
-def test_an_empty_folder_has_nothing_to_report(tmp_path):
-    """A folder without a log or an evaluation is an error that names it."""
-    with pytest.raises(InputError, match="nothing to report"):
-        report.write_report(tmp_path)
+def test_evaluations_are_found_where_they_lie(tmp_path):
+    """Those in folders below, and in folders next to the run if their checkpoint is the run's, by path or by hash."""
+    from runtime.checkpoint import file_sha256
+
+    run = tmp_path / "run"
+    run.mkdir()
+    write_run(run)
+    (run / "checkpoint.pth").write_bytes(b"weights")
+    sha = file_sha256(run / "checkpoint.pth")
+    knn = lambda top1: {"knn": [{"k": 10, "temperature": 0.07, "top1": top1, "top5": 90.0}]}  # noqa: E731
+    write_evaluation(run / "before", "eval_knn", knn(11.11), date="2025-01-01")
+    write_evaluation(run / "after", "eval_knn", knn(22.22), str(run / "checkpoint.pth"), sha, date="2027-01-01")
+    write_evaluation(tmp_path / "by_hash", "eval_knn", knn(33.33), "/moved/away.pth", sha)
+    write_evaluation(tmp_path / "by_path", "eval_knn", knn(44.44), str(run / "checkpoint.pth"), "an older one")
+    write_evaluation(tmp_path / "other", "eval_knn", knn(55.55), "/elsewhere.pth", "another")
+    text = report.write_report(run).read_text()
+    assert all(number in text for number in ("11.11", "22.22", "33.33", "44.44"))
+    assert "55.55" not in text
+    columns, ((name, *values),) = report.comparison([e for e in report.find_evaluations(run) if not e.problem])
+    assert name == "k-NN, k 10, temperature 0.07"
+    assert (columns[0], values[0]) == ("before", "11.11")
+    assert (columns[-1], values[-1]) == ("after", "22.22")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "null", '{"results": 3}', '{"results": {"knn": [{"k": "x"}]}}', '{"results": {"knn": null}}',
+     "[" * 100_000, '{"results": {"knn": [{"k": 1, "temperature": 0.1, "top1": null, "top5": 1}]}}'],
+)  # fmt: skip
+def test_a_damaged_evaluation_is_a_line_on_the_page(tmp_path, content):
+    """Whatever stands in an eval_*.json, the page is written, names the file, and shows the rest."""
+    write_run(tmp_path)
+    (tmp_path / "after").mkdir()
+    (tmp_path / "after" / "eval_knn.json").write_text(content)
+    text = report.write_report(tmp_path).read_text()
+    assert "not the results of an evaluation" in text
+    assert "61.25" in text
+
+
+def test_odd_content_never_stops_a_page(tmp_path):
+    """Logs of nulls, lists and huge numbers, a config that is a list, a picture that is a folder, odd names."""
+    rows = [
+        {"epoch": 0, "train_loss": None, "k-NN": [1], "monitors": "x"},
+        {"epoch": 1, "train_loss": 1e400, "k-NN": {"10": 3}, "monitors": {"entropy": "high"}},
+        {"epoch": "two", "train_loss": 1.0},
+        {"epoch": 3, "train_loss": 10**400, "train_new": 7.5, "time_s": "long", "k-NN": {"10": {"top1": None}}},
+    ]
+    (tmp_path / "log.txt").write_bytes(b"\xff\xfe\n" + "\n".join(map(json.dumps, rows)).encode())
+    (tmp_path / "config.json").write_text("[1]")
+    (tmp_path / "attention.png").mkdir()
+    (tmp_path / os.fsdecode(b"od\xff\x1b[31md")).mkdir()
+    write_evaluation(tmp_path / os.fsdecode(b"od\xff\x1b[31md"), "eval_knn", KNN)
+    text = report.write_report(tmp_path).read_text(encoding="utf-8")
+    assert "New" in text
+    assert "holds a list" in text
+    assert "\x1b" not in text
+
+
+def test_a_run_is_called_what_it_is(tmp_path):
+    """Markers decide; without one a sign of life does, and the caller's word over all."""
+    write_run(tmp_path)
+    assert report.state_of(tmp_path) == "running"
+    assert report.state_of(tmp_path, time.time() + 2 * report.STALE_S) == "stopped"
+    (tmp_path / "PREEMPTED").touch()
+    assert report.state_of(tmp_path) == "preempted"
+    (tmp_path / "PREEMPTED").unlink()
+    (tmp_path / "DONE").touch()
+    assert report.state_of(tmp_path) == "done"
+    text = report.write_report(tmp_path, "running").read_text()
+    assert 'class="state running"' in text
+    assert "4 of 10 epochs, 60 s each, about 6 min left" in text
+    assert "refresh" in text
+    with pytest.raises(ValueError, match="asleep"):
+        report.write_report(tmp_path, "asleep")
+
+
+def test_a_run_that_has_just_begun_has_a_page(tmp_path):
+    """Before the first epoch ends there is a page, which says so."""
+    (tmp_path / "config.json").write_text(json.dumps({"arch": "vit_small", "epochs": 3}))
+    assert "No epoch is finished yet" in report.write_report(tmp_path, "running").read_text()
+
+
+def test_a_folder_of_evaluations_names_model_checkpoint_and_images(tmp_path):
+    """Without a run the page, and the summary on the terminal, say what was evaluated on what."""
+    write_evaluation(tmp_path, "eval_knn", KNN, "/runs/a/checkpoint.pth", "abc123")
+    text = report.write_report(tmp_path).read_text()
+    for words in ("vit_tiny SimPool", "/runs/a/checkpoint.pth", "abc123", "/images"):
+        assert words in text
+        assert words in report.summary(tmp_path)
+    assert "running" not in text.split("<header>")[1].split("</header>")[0]
+    report.summary(tmp_path).encode("ascii")
+
+
+def test_a_missing_folder_is_an_error(tmp_path):
+    with pytest.raises(InputError, match="nowhere is not a folder"):
+        report.write_report(tmp_path / "nowhere")
 
 
 def test_folders_that_cannot_be_written_are_refused(tmp_path):
@@ -56,5 +162,4 @@ def test_folders_that_cannot_be_written_are_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="file"):
         records.output_folder(tmp_path / "file" / "x", None)
-    assert records.output_folder(None, tmp_path / "checkpoint.pth") == tmp_path
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
+    assert records.output_folder(None, tmp_path / "a" / "checkpoint.pth") == tmp_path / "a"
