@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import datasets
+from data import files
 from data.datasets import check_same_classes, open_images
 from data.source import PackedStrings
 from runtime.guards import InputError
@@ -176,10 +176,10 @@ def test_classes_of_train_and_val_must_agree(class_root, imagenet_sample):
 def test_file_list_is_remembered_until_a_folder_changes(class_root, tmp_path, monkeypatch):
     """A second start reads the remembered list; an image added anywhere below makes a new scan."""
     monkeypatch.setenv("SIMPOOL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(datasets, "CACHE_FROM", 5)
+    monkeypatch.setattr(files, "CACHE_FROM", 5)
     scans = []
-    scan = datasets.scan_folder
-    monkeypatch.setattr(datasets, "scan_folder", lambda folder: scans.append(folder) or scan(folder))
+    scan = files.scan_folder
+    monkeypatch.setattr(files, "scan_folder", lambda folder: scans.append(folder) or scan(folder))
     for folder in [class_root / "train", *(class_root / "train").iterdir()]:
         os.utime(folder, (1e9, 1e9))
     first, second = open_images(class_root), open_images(class_root)
@@ -194,7 +194,7 @@ def test_file_list_is_remembered_until_a_folder_changes(class_root, tmp_path, mo
 def test_damaged_cache_is_made_again(class_root, tmp_path, monkeypatch):
     """A cut-off cache entry is ignored and replaced."""
     monkeypatch.setenv("SIMPOOL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(datasets, "CACHE_FROM", 5)
+    monkeypatch.setattr(files, "CACHE_FROM", 5)
     for folder in [class_root / "train", *(class_root / "train").iterdir()]:
         os.utime(folder, (1e9, 1e9))
     open_images(class_root)
