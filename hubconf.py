@@ -5,7 +5,7 @@
 
 Each entry point takes build_backbone's keywords, and `pretrained`: a path or URL of weights, given by the caller.
 Without it the model is randomly initialised, and nothing is fetched. Weights may be a training checkpoint (ours or a
-published one) or a plain state dict; they are read as tensors only, never executed.
+published one) or a plain state dict; nothing in the file is executed.
 
 A hub user's own modules may be named utils, data or runtime, so nothing here imports ours. torch.hub lists every public
 callable of this file, so imports that are callables carry an underscore.
@@ -13,14 +13,16 @@ callable of this file, so imports that are callables carry an underscore.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import pathlib
 import typing
+import urllib.parse
 
 import torch
 from torch import nn
 
+import pretrained as _pretrained
+from backbones import ALIASES
 from backbones import available as _available
 from backbones import build_backbone as _build_backbone
 
@@ -39,65 +41,48 @@ def _entry_point(
     Args:
         pretrained: path or http(s) URL of weights; None starts from random ones.
         checkpoint_key: which weights of a training checkpoint, "teacher" or "student".
-        settings: build_backbone's keywords (gamma, patch_size, img_size, num_classes ...). They must be those that
-            the weights were trained with; gamma, patch_size and the position policy of a checkpoint of ours are read
-            from it where they are not given.
+        settings: build_backbone's keywords (gamma, patch_size, img_size, num_classes ...). Those that are not given
+            are taken from the file: every setting that it records, or that the shapes of its weights tell.
 
     Raises:
-        ValueError: where the weights don't fit the model; the message names the keys.
+        ValueError: if the file cannot be read safely, if it is another model's than the entry point names, if its
+            weights don't fit, or if it does not tell a setting that must then be given.
+        OSError: if the file or the URL cannot be opened.
     """
     if pretrained is None:
         return _build_backbone(arch, mode, **settings)
-    content = _read(pretrained)
-    if isinstance(content.get("config"), dict):
-        recorded = content["config"]
-        for name in ("gamma", "patch_size", "img_size", "in_chans", "pos_embed_policy", "value_min"):
-            if name in recorded:
-                settings.setdefault(name, recorded[name])
-    elif mode == "simpool" and arch.startswith("vit"):
-        settings.setdefault("pos_embed_policy", "reference")  # what published SimPool ViTs were trained with
+    found = _pretrained.open_pretrained(_local(pretrained), checkpoint_key)
+    recorded = dict(found.settings)
+    resized = arch in ALIASES.values() and "embed_dim" in recorded  # a ViT of its own size may go by any ViT's name
+    for name, wanted in (("arch", arch), ("mode", mode)):
+        value = recorded.pop(name, wanted)
+        if ALIASES.get(value, value) != wanted and not (name == "arch" and resized):
+            raise ValueError(
+                f"the weights in {pretrained} are of {name} {value}, not {wanted}; check the entry point's name"
+            )
+    missing = [name for name in found.unknown if name not in settings]
+    if missing:
+        raise ValueError(f"{pretrained} does not tell {', '.join(missing)}; give it by name, as in {missing[0]}=3")
+    if mode != "simpool":
+        recorded.pop("gamma", None)
+    settings = {**recorded, **settings}
+    with torch.device("meta"):  # compared before any memory is taken: a small file can name a model of any size
+        _pretrained.check_fit(_build_backbone(arch, mode, **settings), found.weights, pretrained)
     model = _build_backbone(arch, mode, **settings)
-    _load(model, _backbone_weights(content, checkpoint_key), pretrained)
+    _pretrained.load_weights(model, found.weights, pretrained)
     return model
 
 
-def _read(source: str) -> dict:
-    """A checkpoint as tensors and plain values; anything that would run code is refused by torch."""
-    with torch.serialization.safe_globals([argparse.Namespace, pathlib.PosixPath]):
-        if source.startswith(("http://", "https://")):
-            content = torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True)
-        elif not pathlib.Path(source).is_file():
-            raise ValueError(f"no weights at {source!r}; give the path of a file or a URL")
-        else:
-            content = torch.load(source, map_location="cpu", weights_only=True)
-    if not isinstance(content, dict):
-        raise ValueError(f"{source} holds a {type(content).__name__}, not a checkpoint or a state dict")
-    return content
-
-
-def _backbone_weights(content: dict, checkpoint_key: str) -> dict:
-    """The backbone's state dict inside a checkpoint, without the prefixes of wrappers and without the head."""
-    for key in (checkpoint_key, "state_dict", "model"):
-        if isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    weights = {key.removeprefix("module."): value for key, value in content.items()}
-    if any(key.startswith("backbone.") for key in weights):
-        weights = {k.removeprefix("backbone."): v for k, v in weights.items() if k.startswith("backbone.")}
-    return weights
-
-
-def _load(model: nn.Module, weights: dict, source: str) -> None:
-    """Loads all of the model's weights, or says which are missing, unexpected or of another shape."""
-    wanted = model.state_dict()
-    missing = sorted(wanted.keys() - weights.keys())
-    unexpected = sorted(weights.keys() - wanted.keys())
-    reshaped = [k for k in wanted.keys() & weights.keys() if wanted[k].shape != weights[k].shape]
-    problems = {"missing": missing, "unexpected": unexpected, "of another shape": sorted(reshaped)}
-    if any(problems.values()):
-        listed = "; ".join(f"{what}: {', '.join(keys[:5])}" for what, keys in problems.items() if keys)
-        raise ValueError(f"the weights in {source} are not this model's ({listed}); check its name, mode and settings")
-    model.load_state_dict(weights)
+def _local(source: str) -> str:
+    """The path of the weights; those of a URL are fetched into torch.hub's folder first, once."""
+    if not source.startswith(("http://", "https://")):
+        return source
+    name = pathlib.PurePosixPath(urllib.parse.urlparse(source).path).name or "weights.pth"
+    path = pathlib.Path(torch.hub.get_dir()) / "checkpoints" / name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(source, str(path))
+    return str(path)
 
 
 for _arch in _available():

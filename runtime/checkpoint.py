@@ -1,12 +1,8 @@
-"""Checkpoints as bytes: written so that they cannot tear, read so that they cannot lie or run code.
+"""Checkpoints as bytes: written so that they cannot tear, sealed so that damage is found.
 
-Writing: temporary file, fsync, replace, fsync of the folder. A file we write carries the SHA-256 of its bytes in the
-comment of its zip archive, where `torch.load` of any version overlooks it; reading checks it, so that a flipped bit
-anywhere is found. Foreign files have no such comment: there the CRC of every zip entry is checked, which `torch.load`
-itself does not do.
-
-Reading never runs code: tensors, numbers, strings and containers only, plus the harmless types that the published
-checkpoints hold (argparse.Namespace and numpy scalars). Anything else is refused by name.
+Writing: temporary file, fsync, replace, fsync of the folder. A file of ours carries the SHA-256 of its bytes in the
+comment of its zip archive, where torch.load of any version overlooks it. Reading is `pretrained`'s and `torchfile`'s;
+here their errors become InputError.
 """
 
 from __future__ import annotations
@@ -15,27 +11,26 @@ import argparse
 import hashlib
 import json
 import os
-import pathlib
-import pickletools
 import re
 import struct
 import tempfile
-import warnings
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from torch import nn
 
+import pretrained
 from runtime.distributed import is_main_process
-from runtime.guards import InputError
+from runtime.guards import InputError, input_errors
+from runtime.terminal import say
+from torchfile import read as torchfile
+from torchfile.archive import END_SIZE
+from torchfile.read import COMMENT, COMMENT_SIZE
 
 TEMP_PREFIX = ".tmp-"
-_END_OF_ARCHIVE = 22  # bytes of a zip's end record without its comment; the last two are the comment's length
-_COMMENT = b"simpool-dino sha256:"
-_COMMENT_SIZE = len(_COMMENT) + 64
 
 
 # ------------------------------------------------------------------------------------------------ writing
@@ -152,16 +147,16 @@ def save_on_master(content: dict[str, Any], path: str | Path) -> None:
 
 def _seal(file: BinaryIO) -> None:
     """Write the digest of all other bytes into the comment of a zip archive that has none yet."""
-    file.seek(-_END_OF_ARCHIVE, os.SEEK_END)
-    end = file.read(_END_OF_ARCHIVE)
+    file.seek(-END_SIZE, os.SEEK_END)
+    end = file.read(END_SIZE)
     if not (end.startswith(b"PK\x05\x06") and end.endswith(b"\0\0")):
         raise RuntimeError("torch.save wrote a file that does not end in a plain zip record; cannot add its checksum")
     file.seek(-2, os.SEEK_END)
-    file.write(struct.pack("<H", _COMMENT_SIZE))
+    file.write(struct.pack("<H", COMMENT_SIZE))
     file.seek(0)
     digest = hashlib.file_digest(file, "sha256").hexdigest()
     file.seek(0, os.SEEK_END)
-    file.write(_COMMENT + digest.encode())
+    file.write(COMMENT + digest.encode())
 
 
 def sweep_temporaries(folder: Path) -> list[str]:
@@ -178,43 +173,11 @@ def sweep_temporaries(folder: Path) -> list[str]:
 def verify(path: str | Path) -> None:
     """Check that a file's bytes are what was written. Raises InputError naming the damage.
 
-    Our files are checked against their own SHA-256; other zip files against the CRC of each entry; files of the
-    format before zip (torch < 1.6) carry no checksum, and only loading can tell.
+    Our files are checked against their own SHA-256, other zip files against the CRC of each entry; files of torch < 1.6
+    carry no checksum, and only loading can tell.
     """
-    path = Path(path)
-    with open(path, "rb") as file:
-        start = file.read(4)
-        size = file.seek(0, os.SEEK_END)
-        if size == 0:
-            raise InputError(f"{path} is empty; it was cut off while being written or copied")
-        if size > _COMMENT_SIZE:
-            file.seek(-_COMMENT_SIZE, os.SEEK_END)
-            comment = file.read(_COMMENT_SIZE)
-            if comment.startswith(_COMMENT):
-                _verify_digest(file, size - _COMMENT_SIZE, comment[len(_COMMENT) :].decode(errors="replace"), path)
-                return
-    if start != b"PK\x03\x04":
-        return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path} is damaged or cut short ({error})") from error
-    if damaged is not None:
-        raise InputError(f"{path} is damaged: the checksum of its entry {damaged!r} does not match")
-
-
-def _verify_digest(file: BinaryIO, length: int, expected: str, path: Path) -> None:
-    file.seek(0)
-    digest = hashlib.sha256()
-    while length > 0:
-        block = file.read(min(length, 1 << 22))
-        if not block:
-            break
-        digest.update(block)
-        length -= len(block)
-    if digest.hexdigest() != expected:
-        raise InputError(f"{path} is damaged: its bytes do not match the checksum written with them")
+    with input_errors():
+        torchfile.verify(path)
 
 
 def file_sha256(path: str | Path) -> str:
@@ -224,103 +187,13 @@ def file_sha256(path: str | Path) -> str:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Verify and read a checkpoint onto the CPU, as plain data (see `plain`), running none of its content.
+    """Verify and read a checkpoint onto the CPU as plain data, running none of its content.
 
-    Raises InputError where the file is missing, damaged, not a checkpoint, or holds anything but tensors, numbers,
+    Raises InputError if the file is missing, damaged, not a checkpoint, or holds anything but tensors, numbers,
     strings, containers and the harmless types of the published files.
     """
-    path = Path(path)
-    if not path.exists():
-        raise InputError(f"checkpoint {path} does not exist; check the path")
-    if path.is_dir():
-        raise InputError(f"checkpoint {path} is a folder; name the file, usually {path / 'checkpoint.pth'}")
-    verify(path)
-    try:
-        with torch.serialization.safe_globals(_harmless_types()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's remark on files of other pickle protocols
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file of unknown origin may fail in any way inside torch's reader
-        raise InputError(_refusal(path, error)) from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")
-    return plain(content)
-
-
-def _refusal(path: Path, error: Exception) -> str:
-    """One line that says why a file was not read, naming the code it holds if it holds any."""
-    unsafe = sorted(set(globals_named_in(path)) - _harmless_names())
-    if unsafe:
-        return (
-            f"{path} holds {', '.join(unsafe)}, which is code or an object and not weights; refused without running "
-            "any of it. If you trust its source, load it there and save only its state dict"
-        )
-    reason = str(error).strip().splitlines()
-    return f"{path} is not a checkpoint that can be read safely ({type(error).__name__}: {reason[0] if reason else ''})"
-
-
-def globals_named_in(path: Path) -> list[str]:
-    """The importable names that a pickle asks for, found by reading its opcodes, never by running them."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            streams = [archive.read(name) for name in archive.namelist() if name.endswith(".pkl")]
-    except zipfile.BadZipFile:
-        streams = [path.read_bytes()]
-    return [name for stream in streams for name in _globals_of_stream(stream)]
-
-
-def _globals_of_stream(stream: bytes) -> list[str]:
-    names: list[str] = []
-    strings: list[str] = []  # a STACK_GLOBAL takes the last two, pushed or fetched from the memo
-    memo: dict[int, str] = {}
-    position = 0
-    try:
-        while position < len(stream):  # torch's old format writes several pickles, one after the other
-            for opcode, argument, offset in pickletools.genops(stream[position:]):  # noqa: B007
-                if opcode.name in ("GLOBAL", "INST"):
-                    names.append(str(argument).replace(" ", "."))
-                elif opcode.name == "STACK_GLOBAL":
-                    names.append(".".join(strings[-2:]))
-                elif (isinstance(argument, str) and "UNICODE" in opcode.name) or "STRING" in opcode.name:
-                    strings.append(str(argument))
-                elif opcode.name == "MEMOIZE":
-                    memo[len(memo)] = strings[-1] if strings else ""
-                elif opcode.name in ("BINPUT", "LONG_BINPUT", "PUT"):
-                    memo[int(argument)] = strings[-1] if strings else ""
-                elif opcode.name in ("BINGET", "LONG_BINGET", "GET") and int(argument) in memo:
-                    strings.append(memo[int(argument)])
-            position += offset + 1
-    except Exception:  # the rest is no pickle (tensor bytes, or damage): what was found so far is what there is to name
-        pass
-    return names
-
-
-def _harmless_names() -> set[str]:
-    harmless = {
-        "argparse.Namespace", "pathlib.PosixPath", "_codecs.encode", "collections.OrderedDict", "numpy.dtype",
-        "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
-    }  # fmt: skip
-    return harmless | {f"torch.{name}" for name in dir(torch)} | {f"torch._utils.{name}" for name in dir(torch._utils)}
-
-
-def _harmless_types() -> list[Any]:
-    """What the published checkpoints hold beside tensors: the parsed arguments, and numpy numbers."""
-    import _codecs
-
-    scalar = np.core.multiarray.scalar if np.__version__ < "2" else np._core.multiarray.scalar
-    dtypes = [getattr(np.dtypes, name) for name in dir(np.dtypes) if name.endswith("DType") and _numeric(name)]
-    return [
-        argparse.Namespace,
-        pathlib.PosixPath,
-        _codecs.encode,
-        (scalar, "numpy.core.multiarray.scalar"),
-        (scalar, "numpy._core.multiarray.scalar"),
-        np.dtype,
-        *dtypes,
-    ]
-
-
-def _numeric(name: str) -> bool:
-    return name.startswith(("Float", "Int", "UInt", "Bool", "LongDouble", "Long", "Short", "Byte"))
+    with input_errors():
+        return pretrained.read(path)
 
 
 def plain(value: Any) -> Any:
@@ -331,8 +204,6 @@ def plain(value: Any) -> Any:
         return value.item()
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if isinstance(value, torch.Tensor):
-        return value
     if isinstance(value, dict):
         return {plain(key): plain(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -340,3 +211,32 @@ def plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(plain(item) for item in value)
     return value
+
+
+def restart_from_checkpoint(
+    ckp_path: str | Path, run_variables: dict[str, Any] | None = None, **objects: Any
+) -> dict[str, Any] | None:
+    """Load `objects` (name=module, optimizer, scaler ...) and `run_variables` from a checkpoint (DINO's function).
+
+    Returns the checkpoint's content; None, with nothing done, if there is no file.
+    """
+    if not Path(ckp_path).is_file():
+        return None
+    content = read_checkpoint(ckp_path)
+    say(f"found checkpoint {ckp_path}")
+    for name, item in objects.items():
+        if name not in content or item is None:
+            say(f"{name} is not in the checkpoint; it stays as it is")
+            continue
+        state = content[name]
+        if isinstance(item, nn.Module):
+            wrapped = isinstance(item, nn.parallel.DistributedDataParallel)
+            state = {
+                ("module." if wrapped else "") + name: value
+                for name, value in pretrained.without_prefix(state, "module.").items()
+            }
+        item.load_state_dict(state)
+    for name in run_variables or {}:
+        if name in content:
+            run_variables[name] = content[name]
+    return content

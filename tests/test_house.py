@@ -10,16 +10,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS = {
-    "sp": 0, "runtime": 0,
+    "sp": 0, "torchfile": 0.1, "pretrained": 0.2, "runtime": 0.3,  # in this order
     "distill": 1, "data": 1,
     "vision_transformer": 2, "resnet_simpool": 2, "convnext_simpool": 2,
-    "backbones": 3, "evaluation": 3,
-    "utils": 4,
-    "main_dino": 5, "eval_knn": 5, "eval_linear": 5, "visualize_attention": 5, "hubconf": 5, "tools": 5,
-    "benchmarks": 5, "run_scripts": 5,
+    "backbones": 3,
+    "evaluation": 4,
+    "utils": 5,
+    "main_dino": 6, "eval_knn": 6, "eval_linear": 6, "visualize_attention": 6, "hubconf": 6, "tools": 6,
+    "benchmarks": 7, "run_scripts": 7,
 }  # fmt: skip
 MODELS = ("vision_transformer", "resnet_simpool", "convnext_simpool")
-BACKBONE_FILES = ("sp", *MODELS, "backbones", "distill.heads", "hubconf")
+READING = ("pretrained", "torchfile.read", "torchfile.archive", "torchfile.plain_pickle")
+BACKBONE_FILES = ("sp", *READING, *MODELS, "backbones", "distill.heads", "hubconf")
 PROGRAMS = ("main_dino", "eval_knn", "eval_linear", "visualize_attention", "hubconf")
 
 
@@ -85,9 +87,9 @@ def test_no_circles():
 
 @pytest.mark.parametrize("name", BACKBONE_FILES)
 def test_backbones_keep_to_themselves(name):
-    """SimPool and the backbones reach for nothing but torch, timm, each other and the head."""
+    """SimPool, the backbones and what reads their files reach for nothing but torch, timm, each other and the head."""
     for target in GRAPH[name]:
-        assert target in (*BACKBONE_FILES, "distill"), f"{name} imports {target}"
+        assert target in (*BACKBONE_FILES, "distill", "torchfile"), f"{name} imports {target}"
 
 
 def test_sp_is_one_file():
@@ -98,7 +100,7 @@ def test_sp_is_one_file():
     assert roots <= {"torch", *sys.stdlib_module_names}
 
 
-@pytest.mark.parametrize("package", ["distill", "data", "runtime", "evaluation", "tools", "benchmarks"])
+@pytest.mark.parametrize("package", ["torchfile", "distill", "data", "runtime", "evaluation", "tools", "benchmarks"])
 def test_package_init_files_are_empty(package):
     """Importing a package runs nothing."""
     assert (ROOT / package / "__init__.py").read_text() == ""

@@ -1,0 +1,125 @@
+"""What a model's file tells: weights, settings, notes, and what it leaves open."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import backbones
+import pretrained
+from tests.reference import reference_checkpoint_path
+
+TINY = {"arch": "vit_small", "patch_size": 8, "img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 2}
+
+
+def tiny(**settings) -> dict[str, torch.Tensor]:
+    return backbones.build_backbone(**{**TINY, "mode": "simpool", **settings}).state_dict()
+
+
+def told(content: dict) -> pretrained.Pretrained:
+    return pretrained.interpret(content, "c.pth")
+
+
+def test_the_published_checkpoint():
+    """A file as the published code writes it: shapes tell the size, nothing tells the heads."""
+    found = pretrained.open_pretrained(reference_checkpoint_path())
+    assert found.settings == {
+        "mode": "official", "arch": "vit_small", "embed_dim": 48, "depth": 2, "patch_size": 8, "in_chans": 3,
+        "img_size": 64,
+    }  # fmt: skip
+    assert (found.unknown, found.epoch) == (("num_heads",), 7)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny", "vit_small", "vit_base", "resnet18", "resnet50", "convnext_tiny"])
+def test_presets_are_recognised_by_their_shapes(name):
+    """Bare weights of a preset need nothing else."""
+    with torch.device("meta"):
+        weights = backbones.build_backbone(name).state_dict()
+    found = told(weights)
+    assert (found.settings["arch"], found.unknown) == (name, ())
+
+
+@pytest.mark.parametrize("settings", [{}, {"embed_dim": 384, "depth": 2, "num_heads": 6}])
+def test_heads_are_asked_for_where_nothing_tells_them(settings):
+    """Bare weights of a width or depth of no preset leave the number of heads unknown; a recorded one does not."""
+    weights = tiny(**settings)
+    assert told(weights).unknown == ("num_heads",)
+    assert told({"teacher": weights, "args": {"arch": "vit_small", "num_heads": 2}}).unknown == ()
+    assert told({"teacher": weights, "config": {**TINY, **settings, "mode": "simpool"}}).unknown == ()
+
+
+@pytest.mark.parametrize(
+    ("args", "gamma"),
+    [
+        ({"gamma": 1.75}, 1.75),
+        ({"gamma": "auto"}, 1.25),
+        ({"gamma": "None"}, None),
+        ({"gamma": None}, None),
+        ({}, 1.25),
+    ],
+)  # fmt: skip
+def test_gamma_of_a_file_without_our_config(args, gamma):
+    """The arguments' value, which in a file of ours may be "auto"; a default comes with a note."""
+    found = told({"teacher": tiny(), "args": {"arch": "vit_small", **args}})
+    assert found.settings["gamma"] == gamma
+    assert any("does not record gamma" in note for note in found.notes) == (not args)
+
+
+def test_our_arguments_without_a_config_keep_their_policies():
+    """Only what the published programs wrote means their position policy."""
+    assert told({"teacher": tiny(), "args": {}}).settings["pos_embed_policy"] == "reference"
+    ours = told({"teacher": tiny(), "args": {"pos_embed_policy": "exact", "value_min": "batch"}})
+    assert (ours.settings["pos_embed_policy"], ours.settings["value_min"]) == ("exact", "batch")
+
+
+def test_a_training_without_a_teacher_is_read_by_its_student():
+    """And that is said."""
+    found = told({"student": {f"module.backbone.{name}": value for name, value in tiny().items()}, "args": {}})
+    assert found.weights.keys() == tiny().keys()
+    assert "no teacher; its student is used" in found.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"depth": 100_000}, "depth 100000 but its weights have 2"), ({"embed_dim": 10**6}, "embed_dim 1000000"),
+        ({"patch_size": -1}, "patch_size '-1', which is impossible"), ({"num_heads": "x"}, "num_heads"),
+        ({"img_size": [1, 2, 3]}, "img_size"), ({"gamma": float("nan")}, "gamma"), ({"arch": "a\x1b[2J"}, "arch"),
+        ({"in_chans": True}, "in_chans"), ({"mode": 3}, "mode"), ({"format": 3}, "newer version"),
+        ({"value_min": []}, "value_min"),
+    ],
+)  # fmt: skip
+def test_impossible_settings_are_refused(config, message):
+    """Values of a wrong type or size, and those that the weights contradict, before anything is built."""
+    with pytest.raises(ValueError, match=message):
+        told({"teacher": tiny(), "config": {**TINY, "mode": "simpool", **config}})
+
+
+@pytest.mark.parametrize("content", [{}, {"teacher": {}}, {"teacher": [1]}, {"state_dict": {"a": 1}}, {1: 2}])
+def test_files_without_weights(content):
+    """Each is an error that names the file."""
+    with pytest.raises(ValueError, match=r"c\.pth"):
+        told(content)
+
+
+def test_odd_weights_are_refused_without_being_loaded():
+    """Tensors of another rank, kind or shape in the places that tell the size."""
+    for name, value in (
+        ("patch_embed.proj.weight", torch.zeros(3)), ("pos_embed", torch.zeros(2, 2)),
+        ("norm.weight", torch.zeros(24, dtype=torch.complex64)), ("norm.bias", torch.zeros(24, dtype=torch.int64)),
+    ):  # fmt: skip
+        model = backbones.build_backbone(**TINY, mode="simpool")
+        weights = {**tiny(), name: value}
+        told(weights)
+        with pytest.raises(ValueError, match="does not fit the model"):
+            pretrained.load_weights(model, weights, "c.pth")
+
+
+def test_the_fit_is_checked_without_memory():
+    """A model on the meta device is enough to compare."""
+    with torch.device("meta"):
+        outline = backbones.build_backbone("vit_base", img_size=16 * 4000)
+    with pytest.raises(ValueError, match="does not fit the model"):
+        pretrained.check_fit(outline, tiny(), Path("c.pth"))
