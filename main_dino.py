@@ -34,7 +34,7 @@ from runtime.checks import above_zero, at_least_one, from_zero_to_one, zero_or_m
 from runtime.cli import add_flag, bool_flag
 from runtime.guards import input_errors, run_program
 from runtime.reproduce import fix_random_seeds
-from training import arguments, launch, multicrop
+from training import arguments, flags, launch, multicrop
 from training.backbone import check_crop_sizes, load_initial_backbone
 from training.method import Method
 from training.plan import make_plan
@@ -122,7 +122,7 @@ def build_models(args: argparse.Namespace) -> tuple[MultiCropWrapper, MultiCropW
 
 def get_args_parser() -> argparse.ArgumentParser:
     """All flags. Those that belong to a recipe default to None here and are filled in by `arguments.resolve`."""
-    return arguments.new_parser("DINO", _add_method_flags, multicrop.add_flags)
+    return flags.new_parser("DINO", _add_method_flags, multicrop.add_flags)
 
 
 def _add_method_flags(group: argparse._ArgumentGroup) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from data.datasets import check_same_classes, open_images
 from data.source import ImageSource
-from runtime.checkpoint import check_writable, read_checkpoint, write_json_atomic
+from runtime.checkpoint import check_writable, read_checkpoint, write_json_atomic, write_text_atomic
 from runtime.distributed import (
     barrier,
     get_world_size,
@@ -32,6 +33,7 @@ from runtime.saver import NEWEST, CheckpointSaver, find_checkpoint
 from runtime.tensorboard import TensorBoard
 from runtime.terminal import say
 from training import arguments
+from training.few_images import fit_to_few_images
 from training.loop import Loop, Outputs
 from training.method import Method
 from training.refused import replay_step
@@ -79,11 +81,13 @@ def _locked(folder: Path) -> FolderLock:
 
 def _train_in(folder: Path, args: argparse.Namespace, method: Method, stop: StopRequest) -> int:
     train, val = open_data(args)
+    fit_to_few_images(args, len(train))
     run = method.build(args, len(train), args.torch_device)
     loop = Loop(run, method, train, val, stop)
     found = continue_run(folder, loop)
     if on_main_process(lambda: loop.step >= run.total_steps and (folder / "DONE").exists()):
-        say(f"nothing to do: the run in {folder} is complete ({loop.step} steps); choose another --output_dir")
+        say(f"nothing to do: the run in {folder} is complete ({loop.step} steps). To start another, give another")
+        say("--output_dir; to train this one longer, more --epochs and --allow_changed_args true")
         return EXIT_DONE
     for line in first_screen(loop, val, found):
         say(line)
@@ -96,24 +100,29 @@ def _train_in(folder: Path, args: argparse.Namespace, method: Method, stop: Stop
         if saver is not None:
             saver.close()
     code = leave_marker(folder, done, loop, stop)
-    if done and args.report:
-        write_report(loop)
+    if args.report:
+        write_pictures_and_report(loop, done)
+    if done:
+        for line in what_next(folder, args):
+            say(line)
     return code
 
 
 def open_data(args: argparse.Namespace) -> tuple[ImageSource, ImageSource | None]:
     """Training images, and validation images if an evaluation is wanted and possible."""
-    train = open_images(args.data_path, "train", args.subset, args.in_chans)
+    held_out = {"val_fraction": args.val_fraction, "seed": args.seed}
+    train = open_images(args.data_path, "train", args.subset, args.in_chans, **held_out)
     if not args.eval_every:
         return train, None
     if train.labels is None:
         args.notes.append("no evaluation while training: the images have no labels")
         return train, None
     try:
-        val = open_images(args.data_path, "val", in_chans=args.in_chans)
+        val = open_images(args.data_path, "val", in_chans=args.in_chans, **held_out)
         check_same_classes(train, val)
     except InputError as error:
-        args.notes.append(f"no evaluation while training: {error}")
+        advice = "" if args.val_fraction else "; --val_fraction 0.1 holds a tenth of each class out for it"
+        args.notes.append(f"no evaluation while training: {error}{advice}")
         return train, None
     return train, val
 
@@ -122,9 +131,18 @@ def continue_run(folder: Path, loop: Loop) -> Path | None:
     """Load the newest good checkpoint of `folder`, if there is one, on all processes; returns its path."""
     found = on_main_process(lambda: find_checkpoint(folder, say), keep_local=True)
     path = on_main_process(lambda: found and found[0])
+    if path is None and loop.run.args.resume:
+        path = Path(loop.run.args.resume)
+        on_main_process(lambda: take_over_log(path.parent, folder))
     if path is not None:
         loop.load(found[1] if found else read_checkpoint(path), path)
     return path
+
+
+def take_over_log(before: Path, folder: Path) -> None:
+    """Begin the log of a run that is continued in a new folder with the one it had; later epochs are cut off it."""
+    if (before / "log.txt").is_file() and before.resolve() != folder.resolve():
+        write_text_atomic(folder / "log.txt", (before / "log.txt").read_text(errors="replace"))
 
 
 def open_run(folder: Path, loop: Loop) -> CheckpointSaver:
@@ -156,38 +174,58 @@ def first_screen(loop: Loop, val: ImageSource | None, found: Path | None) -> lis
         f"global batch: {plan.global_batch} = {plan.batch_size} images x {plan.accum} forward(s) x {get_world_size()} "
         f"process(es); {plan.steps_per_epoch} steps per epoch, {run.total_steps} in all; "
         f"peak lr {run.schedules['lr'].max():.3g}",
-        "settings that are not the defaults (config.json has all):",
-        *configuration(args, loop.method, only_changed=True),
+        *settings(args, loop.method),
     ]
     notes = [*args.notes, *run.views.notes()]
+    if args.sources["output_dir"] == "default":
+        notes.append(f"no --output_dir was given: checkpoints and logs go to the current folder, {Path.cwd()}")
     return lines + [f"note: {note}" for note in notes]
 
 
-def configuration(args: argparse.Namespace, method: Method, only_changed: bool = False) -> list[str]:
+def settings(args: argparse.Namespace, method: Method) -> list[str]:
+    """What is not a flag's default, by where it came from, in lines of 80 columns."""
+    by_source: dict[str, list[str]] = {}
+    for key, value in arguments.saved(args, method).items():
+        source = args.sources.get(key, "default")
+        if source != "default":
+            by_source.setdefault(source, []).append(f"{key} {value}")
+    lines = ["settings (config.json has all):"]
+    for source, values in by_source.items():
+        text = f"{'your flags' if source == 'flag' else source}: {', '.join(values)}"
+        lines += textwrap.wrap(text, 80, initial_indent="  ", subsequent_indent="    ", break_long_words=False)
+    return lines
+
+
+def configuration(args: argparse.Namespace, method: Method) -> list[str]:
     """A line per argument: its value and where it came from."""
     shown = arguments.saved(args, method)
-    if only_changed:
-        shown = {key: value for key, value in shown.items() if args.sources.get(key) != "default"}
     return [f"  {key:28} {value!s:28} {args.sources.get(key, '')}" for key, value in shown.items()]
 
 
 # ------------------------------------------------------------------------------------------------ the end
 
 
-def write_report(loop: Loop) -> None:
-    """Pictures and report.html of a finished run. It is finished whatever happens here: a failure is a warning."""
-    from evaluation import report
-
+def write_pictures_and_report(loop: Loop, done: bool) -> None:
+    """The report of a run, with pictures if it is finished. Whatever happens here, it costs the run nothing."""
     try:
-        if loop.watch is not None:
+        if done and loop.watch is not None:
             loop.watch.pictures(loop.folder)
     except (ValueError, OSError) as error:
         say(f"no pictures: {error}")
-    if is_main_process():
-        try:
-            say(f"report: {report.write_report(loop.folder)}")
-        except Exception as error:  # a page about the run must not turn it into a failed one
-            say(f"warning: no report ({type(error).__name__}: {error})")
+    page = loop.write_report("done" if done else "preempted")
+    if page is not None:
+        say(f"report: {page}")
+
+
+def what_next(folder: Path, args: argparse.Namespace) -> list[str]:
+    """The commands that a finished run asks for."""
+    found = f"--pretrained_weights {folder / NEWEST} --data_path {args.data_path}"
+    return [
+        "next:",
+        f"  python eval_knn.py {found}",
+        f"  python eval_linear.py {found}",
+        f"  python visualize_attention.py {found}",
+    ]
 
 
 def leave_marker(folder: Path, done: bool, loop: Loop, stop: StopRequest) -> int:

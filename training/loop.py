@@ -148,6 +148,7 @@ class Loop:
                 return self.finish(done=False)
             finished = self.step == (self.epoch + 1) * run.plan.steps_per_epoch
             row = self.epoch_row() | {"bad_images": self.bad_images.end_epoch()}
+            due = False
             if self.watch is not None:
                 row["monitors"] = self.monitor()
                 due = args.eval_every and ((self.epoch + 1) % args.eval_every == 0 or self.step == run.total_steps)
@@ -158,6 +159,8 @@ class Loop:
                     row |= results
             if is_main_process():
                 out.log.append(row)
+            if args.report and self.watch is not None and due:
+                self.write_report("running")
             if not finished:  # --max_steps within an epoch
                 break
             self.epoch += 1
@@ -194,6 +197,19 @@ class Loop:
                 self.out.board.scalars({f"{tag}_{metric}": value for metric, value in values.items()}, self.step)
         return results
 
+    def write_report(self, state: str) -> Path | None:
+        """report.html on rank 0; None if it can't be written, which is a warning: a page is not worth a run."""
+        if not is_main_process():
+            return None
+        from evaluation import report
+
+        changed = [key for key, source in self.run.args.sources.items() if source != "default"]
+        try:
+            return report.write_report(self.folder, state, changed)
+        except Exception as error:
+            say(f"warning: no report ({type(error).__name__}: {error})")
+            return None
+
     def train_epoch(self) -> bool:
         """The steps that are left of this epoch; False if the run was asked to stop before their end."""
         run, args, per_epoch = self.run, self.run.args, self.run.plan.steps_per_epoch
@@ -201,7 +217,11 @@ class Loop:
         last = min(per_epoch, run.total_steps - self.epoch * per_epoch)
         self.sampler.set_position(self.epoch, first)
         self.pace, saved_at = Pace(run.plan.global_batch), time.monotonic()
-        bar = Progress(self.step_batches(last - first), last, f"epoch {self.epoch}", start=first, unit="step")
+        later = run.total_steps - self.epoch * per_epoch - last
+        bar = Progress(
+            self.step_batches(last - first), last, f"epoch {self.epoch}", start=first, unit="step",
+            run_left=lambda: later,
+        )  # fmt: skip
         for batches in bar:
             save = 0 < args.checkpoint_every_minutes * 60 <= time.monotonic() - saved_at
             self.refused.remember(self.step, batches)

@@ -31,7 +31,7 @@ class Method:
     Args:
         name: recorded in checkpoints as config["method"]; also names the method's recipes.
         terms: the means that a step reports, the loss first, for example ("loss", "entropy", "kl").
-        parser: returns the program's argument parser (see `training.arguments.new_parser`).
+        parser: returns the program's argument parser (see `training.flags.new_parser`).
         build: (args, number of training images, device) -> Run.
         step: (run, this process's micro-batches, number of the step, wishes) -> what `Means.report` returns.
         loss_key: the name under which the loss's buffers stand in a checkpoint; None for a loss without buffers.

@@ -77,6 +77,35 @@ _DINO = {
     "clip_grad": 3.0,
 }
 
+# What `--data_path demo` trains if no model is asked for: a small ViT in minutes on a laptop. The values are the quick
+# start's, for hundreds of steps instead of DINO's hundred thousand; docs/LOG.md tells how they were found.
+_DEMO = {
+    **_DINO,
+    "arch": "vit_small",
+    "mode": "simpool",
+    "patch_size": 8,
+    "embed_dim": 96,
+    "depth": 4,
+    "num_heads": 3,
+    "img_size": 32,
+    "epochs": 12,
+    "batch_size_per_gpu": 32,
+    "lr": 0.005,
+    "min_lr": 1e-5,
+    "warmup_epochs": 1,
+    "weight_decay_end": 0.04,
+    "momentum_teacher": 0.98,
+    "out_dim": 1024,
+    "drop_path_rate": 0.0,
+    "global_crops_scale": (0.3, 1.0),
+    "local_crops_number": 6,
+    "local_crops_scale": (0.1, 0.4),
+    "local_crops_size": 16,
+    "num_workers": 0,
+    "eval_every": 4,
+    "nb_knn": [20],
+}
+
 # method -> recipe -> values of flags
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "dino": {
@@ -84,6 +113,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "simpool_resnet": _SIMPOOL_RESNET,
         "simpool_convnext": _SIMPOOL_CONVNEXT,
         "dino": _DINO,
+        "demo": _DEMO,
     }
 }
 

@@ -13,7 +13,7 @@ from runtime.checks import at_least_one
 from runtime.cli import add_flag
 from runtime.guards import run_program
 from runtime.reproduce import fix_random_seeds
-from training import arguments, launch, multicrop
+from training import arguments, flags, launch, multicrop
 from training.method import Method
 from training.plan import make_plan
 from training.run import Means, Run, Wishes, choose_hardware, common_schedules
@@ -55,7 +55,7 @@ def build(args: argparse.Namespace, images: int, device: torch.device) -> Run:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = arguments.new_parser("autoencoder", _add_flags, multicrop.add_flags)
+    parser = flags.new_parser("autoencoder", _add_flags, multicrop.add_flags)
     parser.set_defaults(
         optimizer="adamw", lr=0.1, min_lr=0.0, warmup_epochs=0, weight_decay=0.0, weight_decay_end=0.0, clip_grad=0.0,
         batch_size_per_gpu=16, drop_path_rate=0.0, local_crops_number=0, global_crops_scale=(0.5, 1.0),

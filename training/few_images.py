@@ -1,0 +1,40 @@
+"""Settings that fit a few hundred or thousand images, if nobody chose others.
+
+The published recipes are those of 1.28 million images. With a few thousand the same numbers mean hundreds of steps: a
+teacher that hardly moves, prototypes that no image ever reaches, a warm-up as long as the run. What is chosen here and
+why was found on runs of 4,000 images (docs/LOG.md); it is a place to start, not an optimum.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+FEW = 20_000
+
+
+def fit_to_few_images(args: argparse.Namespace, images: int) -> None:
+    """Replace values that came from a published recipe, saying which and why; explicit ones and --recipe stay."""
+    if images >= FEW or args.recipe != "auto":
+        return
+    chosen = []
+    for key, value, why in _choices(args, images):
+        if args.sources.get(key, "").startswith("recipe simpool") and getattr(args, key) != value:
+            chosen.append(f"{key} {getattr(args, key)} -> {value} ({why})")
+            setattr(args, key, value)
+            args.sources[key] = f"for {images} images"
+    if chosen:
+        args.notes.append(f"{images} images are few for the published recipe; chosen instead: {'; '.join(chosen)}")
+
+
+def _choices(args: argparse.Namespace, images: int) -> list[tuple[str, Any, str]]:
+    batch = min(args.batch_size_per_gpu, 32 if images < 5_000 else 64)
+    choices = [
+        ("batch_size_per_gpu", batch, "more steps per epoch"),
+        ("out_dim", 1024 if images < 5_000 else 4096, "as many prototypes as so few images can fill"),
+        ("momentum_teacher", 0.98 if images < 5_000 else 0.99, "a teacher that moves within few steps"),
+        ("teacher_temp", 0.04, "low: with few steps a higher one tends to collapse"),
+        ("warmup_teacher_temp_epochs", 0, "nothing to warm up to"),
+        ("warmup_epochs", min(args.warmup_epochs, max(1, args.epochs // 10)), "a tenth of the run"),
+    ]
+    return [choice for choice in choices if hasattr(args, choice[0])]
