@@ -17,13 +17,12 @@ from runtime.distributed import leave
 from runtime.guards import InputError, NonFiniteError, run_program
 from tests import processes
 from tests.pretraining import FAMILIES, TINY, VIT, assert_equal_states, rows, train
-from training.plan import split_batch
 
 # ---- arguments
 
 
 def resolved(*flags) -> argparse.Namespace:
-    return main_dino.parse_arguments(["--data_path", "demo", *map(str, flags)])
+    return main_dino.parse_arguments(["--data_path", "some/images", *map(str, flags)])
 
 
 def test_defaults_come_from_the_family_and_flags_win():
@@ -141,25 +140,6 @@ def test_wrong_words_leave_with_code_2(flags, capsys):
     assert error.startswith("error: ")
     assert flags[0] in error
     assert error.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("world", "flags", "expected"),
-    [
-        (1, [], (100, 1)), (4, ["--global_batch_size", 800], (100, 2)), (8, ["--global_batch_size", 800], (100, 1)),
-        (16, ["--global_batch_size", 800], (50, 1)), (2, ["--global_batch_size", 64, "--grad_accum", 4], (8, 4)),
-        (1, ["--grad_accum", 3], (100, 3)),
-    ],
-)  # fmt: skip
-def test_global_batch_is_shared_out(world, flags, expected):
-    """The global batch sets the batch per process, and accumulation where that would be too large."""
-    assert split_batch(resolved(*flags), world) == expected
-
-
-def test_a_batch_that_cannot_be_shared():
-    """65 images over 2 processes: refused with both numbers."""
-    with pytest.raises(InputError, match="65 cannot be shared equally by 2"):
-        split_batch(resolved("--global_batch_size", 65), 2)
 
 
 # ---- runs on real images
