@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing.process
 import os
 import shutil
+import subprocess
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,25 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import torch
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="skip what starts a process or sleeps")
+
+
+@pytest.fixture(autouse=True)
+def fast(request, monkeypatch):
+    """With --fast, a test that starts a process or sleeps is skipped at that moment."""
+    if not request.config.getoption("--fast"):
+        return
+
+    def skip(*_, **__):
+        pytest.skip("starts a process or sleeps, which --fast leaves out")
+
+    for owner, name in (
+        (subprocess.Popen, "__init__"), (multiprocessing.process.BaseProcess, "start"), (os, "fork"), (time, "sleep"),
+    ):  # fmt: skip
+        monkeypatch.setattr(owner, name, skip)
 
 
 @pytest.fixture(autouse=True)

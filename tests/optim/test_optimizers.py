@@ -117,10 +117,14 @@ def test_unknown_optimizer():
 
 
 def test_norms_of_large_gradients_are_exact():
-    """The norm of a gradient as long as the prototypes' is float32's to 1e-4 (torch's own on CPU is 6e-4 off)."""
+    """The norm of a gradient as long as the prototypes' is float32's, on any processor.
+
+    Blocks of 2^18 squares are added up in float32. However a library does it, the sum of n positive numbers is off by
+    less than n times 6e-8, and by sqrt(n) times that, 3e-5, unless all roundings go the same way.
+    """
     gradient = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0))
     exact = gradient.double().norm().item()
-    assert clip_each_([gradient], 0.0).item() == pytest.approx(exact, rel=1e-4)
+    assert clip_each_([gradient], 0.0).item() == pytest.approx(exact, rel=3e-5)
 
 
 def test_norms_follow_no_memory_layout():
