@@ -53,7 +53,7 @@ def _entry_point(
         return _build_backbone(arch, mode, **settings)
     found = _pretrained.open_pretrained(_local(pretrained), checkpoint_key)
     recorded = dict(found.settings)
-    resized = arch in ALIASES.values() and "embed_dim" in recorded  # a ViT of its own size may go by any ViT's name
+    resized = arch in ALIASES.values() and "embed_dim" in recorded  # a ViT of another size may go by any ViT's name
     for name, wanted in (("arch", arch), ("mode", mode)):
         value = recorded.pop(name, wanted)
         if ALIASES.get(value, value) != wanted and not (name == "arch" and resized):

@@ -40,7 +40,7 @@ def float_or_none(value: str | float | None) -> float | None:
 
 
 def path_flag(value: str) -> str:
-    """Parse a path: `~` is the home folder, also behind `=`, where the shell leaves it alone. Empty is an error."""
+    """Parse a path: `~` is the home folder, also after `=`, which the shell leaves alone. Empty is an error."""
     if not value.strip() or "\0" in value:
         raise argparse.ArgumentTypeError(f"{value!r} is no path; give one, or leave the flag out")
     path = os.path.expanduser(value)

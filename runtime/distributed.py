@@ -50,7 +50,7 @@ def launch_environment(env: Mapping[str, str]) -> Launch:
     torchrun's variables come first (torchrun inside a SLURM job is common), then OpenMPI's (whose mpirun may use srun
     to reach other nodes), then srun's.
     A SLURM batch step without srun is one process, whatever the number of tasks the job reserved.
-    Raises InputError where the variables are incomplete or contradict each other.
+    Raises InputError if the variables are incomplete or contradict each other.
     """
     if "RANK" in env or ("WORLD_SIZE" in env and "LOCAL_RANK" in env):
         return _from_torchrun(env)
@@ -209,8 +209,8 @@ def _cuda_device(device: torch.device, local_rank: int) -> torch.device:
 def init_distributed_mode(args: argparse.Namespace) -> None:
     """Join the process group and set `args.rank`, `world_size`, `gpu`, `distributed` and `torch_device`.
 
-    Reads `args.device`, `args.backend`, `args.dist_url` and `args.timeout` (seconds) where they exist, as DINO's
-    function does with `args.dist_url`. Calling it again in one process keeps the group that is there.
+    Reads `args.device`, `args.backend`, `args.dist_url` and `args.timeout` (seconds) if they exist, as DINO's
+    function does with `args.dist_url`. A second call in one process keeps the existing group.
     """
     launch = launch_environment(os.environ)
     device = choose_device(getattr(args, "device", None) or "auto", launch.local_rank, launch.launcher == "slurm")
@@ -283,7 +283,7 @@ def _join(launch: Launch, backend: str, dist_url: str, timeout_s: float) -> None
 def agreed_name(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> str:
     """A name for this start of the processes, the same on all and never used before in this store.
 
-    torchrun keeps one store over its restarts: without a name of its own a restarted process finds the addresses of the
+    torchrun keeps one store over its restarts: without a fresh name, a restarted process finds the addresses of the
     killed ones. No variable of torchrun counts the starts alike on all nodes, so rank 0 makes up the name; it greets
     every process by a word that only that process knows, so that an answer left from an earlier start cannot be taken.
     """
@@ -308,7 +308,7 @@ def agreed_name(store: dist.Store, rank: int, world_size: int, timeout_s: float)
 
 @contextlib.contextmanager
 def lost_processes() -> Iterator[None]:
-    """Turn the failure of an exchange between processes into `RunStopped` with a message a user can act on.
+    """Turn the failure of an exchange between processes into `RunStopped`, with a message that a user can act on.
 
     gloo tells at once when another process is gone, and after `--timeout` that it hangs; NCCL after `--timeout`.
     """

@@ -53,7 +53,7 @@ def choose(device: torch.device, amp: str, matmul_precision: str, convolutional:
     """Decide, set the process-wide switches, and say what was decided.
 
     `amp`: auto is bf16 on CUDA devices that compute in it (fp16 on older ones), none elsewhere.
-    `matmul_precision`: auto is TF32 on CUDA and the fast float32 library on a CPU where it proves accurate.
+    `matmul_precision`: auto is TF32 on CUDA and the fast float32 library on a CPU if it proves accurate.
     Raises InputError for combinations that a device cannot do.
     """
     amp = _choose_amp(device, amp)
@@ -88,13 +88,13 @@ def _choose_precision(device: torch.device, wanted: str) -> tuple[str, str]:
     if wanted != "auto":
         return wanted, "as asked"
     if device.type == "cuda":
-        return "high", "TF32 where float32 remains"
+        return "high", "TF32 for what stays in float32"
     if device.type != "cpu":
         return "highest", "no other choice here"
     error = product_error("medium")
     if error <= FLOAT32_LEVEL:
         return "medium", f"the fast float32 library; relative error {error:.0e} on a probe"
-    return "highest", f"the fast library is off by {error:.0e} on a probe, as it is where it computes in bf16"
+    return "highest", f"the fast library is off by {error:.0e} on a probe: it computes in bf16 on this processor"
 
 
 def product_error(precision: str, size: int = 512) -> float:

@@ -20,8 +20,8 @@ _MOST_BYTES = 4096  # of the holder's description
 class FolderLock:
     """Holds an exclusive lock on `folder/.lock` from creation to `release` or the end of the process.
 
-    Raises InputError naming the holder's host, process and job if another run holds it, and if `.lock` is not a file
-    of its own: a link would have the holder's name written over somebody's data.
+    Raises InputError naming the holder's host, process and job if another run holds it, and if `.lock` is not
+    a plain file: through a link the holder's name would be written over somebody's data.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -32,7 +32,7 @@ class SmoothedValue:
         self._pending: list[tuple[Any, int]] = []
 
     def update(self, value: float | torch.Tensor, n: int = 1) -> None:
-        """Add a number that stands for `n` samples. A tensor is kept as it is and read when a number is asked for."""
+        """Add a number that stands for `n` samples. A tensor is read only when a number is needed."""
         self._pending.append((value.detach() if isinstance(value, torch.Tensor) else value, n))
         if len(self._pending) >= 1024:
             self._read()

@@ -1,4 +1,4 @@
-"""How far a loop is: two short lines that stay on a terminal, plain lines now and then in a log file.
+"""How far a loop is: a few short lines that stay on a terminal, plain lines now and then in a log file.
 
 Rate and remaining time come from the last `WINDOW` items, so that a stall is forgotten soon after it.
 """
@@ -25,7 +25,7 @@ _BAR = 20  # characters of the bar
 class Progress(Iterable[T]):
     """Iterate and show how far it is. Ranks other than 0 show nothing.
 
-    On a terminal two lines stand below the others: the bar with count, rate and remaining time, and the text of
+    On a terminal some lines stay below the others: the bar with count, rate and remaining time, and the text of
     `set_text`. In a log file a line comes after the first item, then at most once in `every_s` seconds, and at the
     end.
 
@@ -84,7 +84,7 @@ class Progress(Iterable[T]):
             while True:
                 if time.monotonic() - drawn >= _REDRAW_S or self._done == self._total:
                     drawn = time.monotonic()
-                    terminal.show_status([self._bar_line(), *([f"  {self._text}"] if self._text else [])])
+                    terminal.show_status([self._bar_line(), *_fitted(self._text, terminal.columns() - 3)])
                 yield
         finally:
             terminal.show_status([])
@@ -147,6 +147,17 @@ class Progress(Iterable[T]):
 def progress(iterable: Iterable[T], total: int | None = None, desc: str = "", **kwargs: Any) -> Progress[T]:
     """Shorthand for `Progress`, for loops that show only their count."""
     return Progress(iterable, total, desc, **kwargs)
+
+
+def _fitted(text: str, width: int) -> list[str]:
+    """The text in indented lines of at most `width` characters, broken at its double spaces."""
+    lines: list[str] = []
+    for part in text.split("  ") if text else []:
+        if lines and len(lines[-1]) + 2 + len(part) <= width:
+            lines[-1] += "  " + part
+        else:
+            lines.append(part)
+    return [f"  {line}" for line in lines]
 
 
 def _clock(seconds: float) -> str:

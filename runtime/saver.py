@@ -1,7 +1,7 @@
 """A run's checkpoints: written in the background, rotated, and found again after anything.
 
-A save writes one file, `checkpoint_stepNNNNNNNN.pth`, and then lets the names that users know point to it (hard links,
-copies where the file system has none): `checkpoint.pth`, the newest, and `checkpointNNNN.pth` at the epochs that are
+A save writes one file, `checkpoint_stepNNNNNNNN.pth`, and then points the names that users know to it (hard links,
+or copies if the file system has none): `checkpoint.pth`, the newest, and `checkpointNNNN.pth` at the epochs that are
 kept for good. Older step files are removed only when all this is durable. "Saved" is said after that, never before.
 """
 

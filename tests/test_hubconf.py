@@ -1,8 +1,10 @@
 """torch.hub entry points: they build, load what they are given, and fetch nothing."""
 
+import argparse
 import ast
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -49,6 +51,38 @@ def test_settings_come_with_our_checkpoints(tmp_path):
     x = torch.ones(1, 3, 32, 32)
     assert torch.equal(loaded.eval()(x), model.eval()(x))
     assert hubconf.vit_tiny_simpool(pretrained=path, gamma=2.0).simpool.gamma == 2.0
+
+
+def test_every_recorded_setting_is_honoured(tmp_path):
+    """Width, depth and heads too, which the shapes of a ViT's weights tell only in part."""
+    settings = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 4}
+    model = hubconf.vit_small_simpool(**settings, gamma=1.5, pos_embed_policy="exact").eval()
+    path, x = str(tmp_path / "c.pth"), torch.ones(1, 3, 32, 32)
+    teacher = {f"backbone.{name}": value for name, value in model.state_dict().items()}
+    config = {"arch": "vit_small", "mode": "simpool", "gamma": 1.5, "pos_embed_policy": "exact", **settings}
+    torch.save({"teacher": teacher, "config": config}, path)
+    assert torch.equal(hubconf.vit_small_simpool(pretrained=path).eval()(x), model(x))
+    torch.save({"teacher": teacher}, path)
+    with pytest.raises(ValueError, match="does not tell num_heads"):
+        hubconf.vit_small_simpool(pretrained=path)
+
+
+@pytest.mark.parametrize("gamma", [1.75, None])
+def test_the_gamma_of_published_arguments(tmp_path, gamma):
+    """args.gamma of a published file is the model's, also where it is None; numpy's numbers are read."""
+    state = hubconf.resnet18_simpool(num_classes=0).state_dict()
+    args = argparse.Namespace(arch="resnet18", gamma=gamma, lr=np.float64(0.3))
+    torch.save({"teacher": {f"module.backbone.{name}": value for name, value in state.items()}, "args": args,
+                "optimizer": {"lr": np.float32(0.5)}}, tmp_path / "c.pth")  # fmt: skip
+    model = hubconf.resnet18_simpool(pretrained=str(tmp_path / "c.pth"), num_classes=0)
+    assert model.simpool.gamma == gamma
+
+
+def test_content_that_would_run_is_a_value_error(tmp_path):
+    """Code in a file is refused by name, not by an error of the unpickler."""
+    torch.save({"teacher": {"w": torch.ones(1)}, "x": print}, tmp_path / "c.pth")
+    with pytest.raises(ValueError, match=r"print, which is code"):
+        hubconf.vit_tiny(pretrained=str(tmp_path / "c.pth"))
 
 
 def test_published_simpool_weights_mean_the_reference_policy(tmp_path):

@@ -124,7 +124,7 @@ class Reader:
         while self._stack[at] is not _MARK:
             at -= 1
             if at < 0:
-                raise ValueError("its pickle has no mark where one is due")
+                raise ValueError("its pickle lacks a mark")
         items = self._stack[at + 1 :]
         del self._stack[at:]
         return items
@@ -384,7 +384,7 @@ def _torch_dtype(name: str) -> torch.dtype | None:
 
 def _whole(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 2**62:
-        raise ValueError(f"it holds {str(value)[:80]!r} where a size is due")
+        raise ValueError(f"it holds {str(value)[:80]!r} instead of a size")
     return value
 
 
@@ -416,6 +416,6 @@ def _check_tree(value: Any) -> None:
                 path.append(iter(value))
                 break
             if not (value is None or type(value) in (bool, int, float, str, bytes) or isinstance(value, Tensor)):
-                raise ValueError(f"it holds a {type(value).__name__.strip('_')} where a value is due")
+                raise ValueError(f"it holds a {type(value).__name__.strip('_')} instead of a value")
         else:
             path.pop()

@@ -156,7 +156,7 @@ def _read_archive(file: BinaryIO) -> Any:
 
     entry = archive.entries[pickles[0]]
     if entry.size > MOST_BYTES:
-        raise ValueError(f"its structure takes {entry.size} bytes, beside its tensors; more than {MOST_BYTES} is odd")
+        raise ValueError(f"its structure takes {entry.size} bytes, without its tensors; more than {MOST_BYTES} is odd")
     size = file.seek(0, os.SEEK_END)
     return Reader(storage, size + _SPARE).read(io.BytesIO(archive.read(entry)))
 

@@ -225,3 +225,28 @@ def leave_it(temporary: Path) -> None:
     """Die in the middle of writing; the file stays under another name of the same kind."""
     os.link(temporary, temporary.with_name(temporary.name[:-1] + "_"))
     raise KeyboardInterrupt
+
+
+def test_restart_from_checkpoint(tmp_path):
+    """DINO's resume: modules with or without `module.`, an optimizer, run variables; a missing file does nothing."""
+    model = torch.nn.Linear(2, 3)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    checkpoint.save_checkpoint(
+        {
+            "student": {f"module.{name}": value for name, value in model.state_dict().items()},
+            "optimizer": optimizer.state_dict(),
+            "epoch": 5,
+        },
+        tmp_path / "c.pth",
+    )
+    other, variables = torch.nn.Linear(2, 3), {"epoch": 0}
+    other_optimizer = torch.optim.AdamW(other.parameters())
+    checkpoint.restart_from_checkpoint(
+        tmp_path / "c.pth", variables, student=other, optimizer=other_optimizer, scaler=None
+    )
+    assert variables == {"epoch": 5}
+    assert torch.equal(other.weight, model.weight)
+    assert len(other_optimizer.state) == 2
+    assert checkpoint.restart_from_checkpoint(tmp_path / "nothing.pth", variables, student=other) is None

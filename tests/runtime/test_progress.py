@@ -60,22 +60,23 @@ def test_a_loop_that_is_continued(capsys, clock):
 
 @pytest.mark.parametrize("columns", [60, 80, 200])
 def test_the_status_fits_the_terminal(monkeypatch, clock, columns):
-    """Two lines below 80 columns: count, rate and remaining time are readable, the text stands under them."""
+    """At any width count, rate and remaining time are readable, and the text under them is broken, not cut."""
     shown = []
     monkeypatch.setattr(terminal, "status_is_shown", lambda: True)
     monkeypatch.setattr(terminal, "show_status", shown.append)
     monkeypatch.setattr(terminal, "columns", lambda: columns)
     bar = Progress(range(1000), desc="epoch 12", unit="step", run_left=lambda: 100_000)
     for i in bar:
-        bar.set_text("loss 10.1234  lr 1.2e-03")
+        bar.set_text("loss 10.1234  entropy 10.0000  kl 0.1234  lr 1.2e-03  1234.5 images/s  data wait 12%")
         clock[0] += 0.5
         if i == 100:
             break
-    first, second = shown[-2]
-    assert len(first) < columns
+    first, *rest = shown[-2]
+    assert all(len(line) < columns for line in (first, *rest))
     for part in ("epoch 12", "100/1000", "2.0 step/s", "left 0:07:30, run 14:00:50"[:12]):
         assert part in first
-    assert second == "  loss 10.1234  lr 1.2e-03"
+    assert "".join(rest) == "  loss 10.1234  entropy 10.0000  kl 0.1234  lr 1.2e-03  1234.5 images/s  data wait 12%"
+    assert len(rest) == (1 if columns == 200 else 2)
     assert shown[-1] == []
 
 
