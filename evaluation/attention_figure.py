@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from evaluation.attention import attention_maps, coloured, common_top, pictures
+from runtime.checkpoint import write_atomic
 
 GAP = 6  # pixels between the pictures of a grid
 
@@ -104,7 +105,7 @@ def save_png(picture: np.ndarray, path: str | Path) -> None:
     """Write a picture (H, W, 3) uint8."""
     from PIL import Image
 
-    Image.fromarray(picture).save(path)
+    write_atomic(path, lambda temporary: Image.fromarray(picture).save(temporary, format="PNG"))
 
 
 def attention_figure(
@@ -145,7 +146,7 @@ def figure_of_maps(
     for title, attention in maps_of.items():
         heads = attention.shape[1]
         kinds = ["map", "overlay"] + (["mask"] if threshold is not None else [])
-        titles = [*kinds]
+        titles = ["map", "overlay"] + ([f"{threshold:.0%} of the attention"] if threshold is not None else [])
         if heads > 1:
             titles[0] = f"mean of {heads} heads"
         if per_head and heads > 1:
