@@ -157,8 +157,8 @@ def _statistics_untouched(module: nn.Module) -> Iterator[None]:
     """BatchNorm inside computes as ever but leaves its running statistics: the second pass of a checkpointed block."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+    for norm, _, count in kept:  # a copy to count on, since SyncBatchNorm insists on counting
+        norm.momentum, norm.num_batches_tracked = 0.0, None if count is None else count.clone()
     try:
         yield
     finally:

@@ -19,6 +19,7 @@ T tokens (N, or N + 1 with [CLS]), D width.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from functools import partial
 
@@ -214,6 +215,33 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
+def _resample(maps: Tensor, size: tuple[int, int], scale: tuple[float, float] | None) -> Tensor:
+    """Bicubic resampling of maps (B, C, h, w) to `size`, at source positions that follow `scale` if it is given."""
+    if not _lacks_backward(maps.device):
+        if scale is None:
+            return F.interpolate(maps, size=size, mode="bicubic")
+        return F.interpolate(maps, scale_factor=scale, mode="bicubic")
+    rows, columns = (
+        _bicubic_matrix(maps.shape[2 + axis], size[axis], None if scale is None else scale[axis]).to(maps)
+        for axis in (0, 1)
+    )
+    return rows @ maps @ columns.T
+
+
+def _lacks_backward(device: torch.device) -> bool:
+    """Whether bicubic interpolation is refused there: on CUDA it has no deterministic backward."""
+    return device.type == "cuda" and torch.are_deterministic_algorithms_enabled()
+
+
+@functools.cache
+def _bicubic_matrix(before: int, after: int, scale: float | None) -> Tensor:
+    """The matrix (after, before) by which torch resamples one axis, read off its own interpolation of unit vectors."""
+    units = torch.eye(before).view(1, before, before, 1)  # unit vector c lies along the rows of channel c
+    if scale is None:
+        return F.interpolate(units, size=(after, 1), mode="bicubic")[0, :, :, 0].T
+    return F.interpolate(units, scale_factor=(scale, 1.0), mode="bicubic")[0, :, :, 0].T
+
+
 class VisionTransformer(nn.Module):
     """Vision transformer that returns features (B, D), or logits where num_classes > 0.
 
@@ -302,11 +330,11 @@ class VisionTransformer(nn.Module):
             return self.pos_embed
         prefix = self.pos_embed[:, : self.num_prefix_tokens]
         patches = self.pos_embed[:, self.num_prefix_tokens :].float().unflatten(1, native).permute(0, 3, 1, 2)
-        if self.mode == "simpool" and self.pos_embed_policy == "exact":
-            patches = F.interpolate(patches, size=grid, mode="bicubic")
-        else:  # DINO's: the 0.1 guards against a grid that comes out one too small
+        scale = None
+        if not (self.mode == "simpool" and self.pos_embed_policy == "exact"):
+            # DINO's: the 0.1 guards against a grid that comes out one too small
             scale = tuple((side + 0.1) / own for side, own in zip(grid, native, strict=True))
-            patches = F.interpolate(patches, scale_factor=scale, mode="bicubic")
+        patches = _resample(patches, grid, scale)
         patches = patches.permute(0, 2, 3, 1).flatten(1, 2).to(prefix.dtype)
         return torch.cat((prefix, patches), dim=1)
 

@@ -109,13 +109,45 @@ class ImageSource:
 def labels_from_words(words: Sequence[str], numbers: bool = True) -> tuple[np.ndarray, list[str]]:
     """Class numbers and class names from one word per image.
 
-    With `numbers`, words that are all whole numbers are class numbers as they stand; else the classes are the
-    different words in sorted order.
+    With `numbers`, words that are all whole numbers are class numbers as they stand, unless they are so large that they
+    must be names; otherwise the classes are the different words in sorted order.
     """
-    if numbers and all(word.isdecimal() for word in words):
+    if numbers and all(word.isdecimal() and len(word) <= _DIGITS for word in words):
         labels = np.array([int(word) for word in words], dtype=np.int64)
-        if labels.max() < 10 * len(labels) + 1000:  # else they are names that happen to be digits
-            return labels, [str(i) for i in range(int(labels.max()) + 1)]
+        if labels.max() < 10 * len(labels) + 1000:
+            return labels, numbered_classes(int(labels.max()) + 1)
     classes = sorted(set(words))
     number = {word: i for i, word in enumerate(classes)}
     return np.fromiter((number[word] for word in words), dtype=np.int64, count=len(words)), classes
+
+
+_DIGITS = 18  # of a label that is a number: more may not fit into 64 bits
+
+
+def numbered_classes(count: int) -> list[str]:
+    """The names of classes that have only numbers."""
+    return [str(i) for i in range(count)]
+
+
+# ---- the same, read back from a cache that others may have written ----
+
+
+def valid_strings(arrays: dict[str, np.ndarray], blob: str, ends: str) -> bool:
+    """Whether two arrays are those of `PackedStrings`."""
+    if blob not in arrays or ends not in arrays:
+        return False
+    letters, stops = arrays[blob], arrays[ends]
+    if (letters.dtype, stops.dtype, letters.ndim, stops.ndim) != (np.uint8, np.int64, 1, 1):
+        return False
+    return bool((np.diff(stops, prepend=0) >= 0).all()) and (stops[-1] if len(stops) else 0) == len(letters)
+
+
+def valid_classes(arrays: dict[str, np.ndarray]) -> bool:
+    """Whether labels and class names, if there are any, fit each other and the number of names."""
+    if "labels" not in arrays:
+        return True
+    labels = arrays["labels"]
+    if not valid_strings(arrays, "class_blob", "class_ends") or labels.shape != arrays["ends"].shape:
+        return False
+    classes = len(arrays["class_ends"])
+    return labels.dtype == np.int64 and bool((labels >= 0).all() and (labels < classes).all())

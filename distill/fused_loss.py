@@ -36,6 +36,9 @@ CHUNK_ELEMENTS_DEFAULT = 1 << 26
 # rows stay in the cache; elsewhere a few kernels over many images cost less than many launches.
 IMAGES_ELEMENTS = {"cpu": 1}
 IMAGES_ELEMENTS_DEFAULT = 1 << 24
+# What a gradient of p - Q, at most 2 with its weight, is multiplied by where it is kept in float16: probabilities of
+# 1e-5 would lose most of their digits as they are, and the loss's own factors would flush them to zero.
+HALF_UNIT = 2.0**14
 
 Terms = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -222,6 +225,8 @@ class _InPlaceLoss(torch.autograd.Function):
         dtype = torch.promote_types(student.dtype, torch.float32)
         weights = _view_weights(settings.views, center.to(dtype)) / (2 * (settings.views - 1) * batch)
         slope = (weights / settings.student_temp)[:, None, None]
+        half = student.dtype == torch.float16
+        kept = slope / slope[0] * HALF_UNIT if half else slope
         student = student.detach().unflatten(0, (settings.views, batch))
         teacher = teacher.unflatten(0, (2, batch))
         teacher_sum = torch.zeros_like(center, dtype=dtype)
@@ -239,8 +244,9 @@ class _InPlaceLoss(torch.autograd.Function):
             targets = _targets(q, settings.views)
             loss -= _cross_entropy(log_p, targets, weights)
             if settings.wants_grad:
-                student[:, part] = _surplus(log_p, targets).mul_(slope)
+                student[:, part] = _surplus(log_p, targets).mul_(kept)
         ctx.grads = [student.flatten(0, 1) if settings.wants_grad else None]
+        ctx.unit = slope[0].squeeze() / HALF_UNIT if half else None  # what the kept gradients are multiples of
         return _finish(ctx, loss, entropy / (2 * batch), teacher_sum)
 
     @staticmethod
@@ -276,9 +282,23 @@ def _scaled_grads(ctx, grad_loss: Tensor) -> list[Tensor | None]:
     if ctx.grads is None:
         raise RuntimeError("this loss gives its gradients away in backward; compute it again instead of retaining it")
     grads, ctx.grads = ctx.grads, None
+    if getattr(ctx, "unit", None) is not None:
+        return [None if grad is None else _scaled_half(grad, grad_loss * ctx.unit) for grad in grads]
     if grad_loss.device.type == "cpu" and grad_loss.item() == 1.0:
         return grads
     return [None if grad is None else grad.mul_(grad_loss.to(grad.dtype)) for grad in grads]
+
+
+def _scaled_half(grad: Tensor, factor: Tensor) -> Tensor:
+    """float16 gradients times a float32 factor, in place: multiplied in float32, a few rows at a time, then rounded.
+
+    The factor holds the loss scale, which float16 cannot (65536 is infinite), and the loss's own small factors, in
+    whose product with the gradient few digits are lost once the scale is in it.
+    """
+    rows = max(1, IMAGES_ELEMENTS_DEFAULT // grad.shape[1])
+    for part in grad.split(rows):
+        part.copy_(part.float().mul_(factor))
+    return grad
 
 
 def _view_weights(views: int, like: Tensor) -> Tensor:

@@ -3,15 +3,16 @@
     python run_scripts/submit.py --nodes 2 --ngpus 8 --eval_knn -- --arch vit_small --mode simpool \\
         --data_path /path/to/imagenet --output_dir output/vit_small
 
-What stands behind `--` goes to main_dino.py. The batch scripts are those of run_scripts/slurm with the options given
+Everything after `--` goes to main_dino.py. The batch scripts are those of run_scripts/slurm with the options given
 here; they are written to OUTPUT_DIR/slurm, so that what ran can be read, and submitted again, later. Evaluations start
-when the pretraining has ended well (`--dependency=afterok`), and look for its marker DONE.
+when the pretraining has succeeded (`--dependency=afterok`), and look for its marker DONE.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -23,7 +24,7 @@ EVALUATIONS = ("eval_knn", "eval_linear")
 
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Options for SLURM, and main_dino.py's flags behind `--`."""
+    """Options for SLURM, and main_dino.py's flags after `--`."""
     own, flags = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
@@ -31,7 +32,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )  # fmt: skip
     parser.add_argument("--nodes", type=int, default=1, help="nodes (default 1)")
     parser.add_argument("--ngpus", type=int, default=8, help="GPUs, and tasks, per node; 0 for CPU tasks (default 8)")
-    parser.add_argument("--tasks", type=int, help="tasks per node where there are no GPUs (default 1)")
+    parser.add_argument("--tasks", type=int, help="tasks per node of a job without GPUs (default 1)")
     parser.add_argument("--cpus_per_task", type=int, default=10, help="cores per task, loader workers (default 10)")
     parser.add_argument("--time", default="24:00:00", help="time limit of a start; the job requeues itself (24:00:00)")
     parser.add_argument("--signal_s", type=int, default=120, help="seconds before the limit to save (default 120)")
@@ -44,11 +45,11 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         ("job_name", "name (pretrain)"),
     ):
         parser.add_argument(f"--{name}", help=what)  # fmt: skip
-    parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION=VALUE", help="any other of sbatch's")
+    parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION=VALUE", help="any other sbatch option")
     parser.add_argument("--launcher", choices=("srun", "torchrun"), default="srun", help="who starts the processes")
     parser.add_argument("--eval_knn", action="store_true", help="k-NN when the pretraining is done")
     parser.add_argument("--eval_linear", action="store_true", help="linear probes when the pretraining is done")
-    parser.add_argument("--submitit", action="store_true", help="submit by the package submitit, if it is installed")
+    parser.add_argument("--submitit", action="store_true", help="submit with the package submitit, if it is installed")
     parser.add_argument("--dry_run", action="store_true", help="print the scripts and commands, and submit nothing")
     args = parser.parse_args(own)
     for name in ("nodes", "cpus_per_task", "signal_s"):
@@ -59,12 +60,19 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if args.ngpus and args.tasks not in (None, args.ngpus):
         parser.error(f"--tasks {args.tasks} with --ngpus {args.ngpus}: there is one task per GPU; leave --tasks out")
     for option in args.sbatch:
-        if "=" not in option:
-            parser.error(f"--sbatch {option}: give OPTION=VALUE, as in --sbatch exclude=node7")
+        if re.fullmatch(r"(--)?[a-z][a-z-]*=.*", option, re.DOTALL) is None:
+            parser.error(f"--sbatch {option!r}: give OPTION=VALUE, as in --sbatch exclude=node7")
+    for value in (*own, *flags):
+        if not value.isprintable():
+            parser.error(
+                f"{value!r} holds a control character, which could start a line of the batch script; remove it"
+            )
+    if args.job_name and "/" in args.job_name:
+        parser.error(f"--job_name {args.job_name!r}: it becomes a part of file names; leave the / out")
     if args.submitit and (args.eval_knn or args.eval_linear or args.launcher == "torchrun" or args.dry_run):
         parser.error("--submitit submits the pretraining alone, by srun; leave --eval_*, --launcher and --dry_run out")
     if not flags:
-        parser.error("main_dino.py's flags are missing; they stand behind --")
+        parser.error("main_dino.py's flags are missing; give them after --")
     return args, flags
 
 
@@ -100,6 +108,15 @@ def sbatch_options(args: argparse.Namespace, kind: str) -> dict[str, str]:
     return {name: None if value is None else str(value) for name, value in options.items()}
 
 
+def directive_value(value: str) -> str:
+    """The value as sbatch reads it in an #SBATCH line: spaces part options there, and a # begins a comment."""
+    if re.fullmatch(r"[\w@%+=:,./\[\]*&|()-]*", value, re.ASCII):
+        return value
+    if '"' in value or "\\" in value:
+        sys.exit(f'error: {value!r} cannot be written into a batch script; leave " and \\ out of it')
+    return f'"{value}"'
+
+
 def batch_script(kind: str, options: dict[str, str], variables: dict[str, str], flags: list[str]) -> str:
     """run_scripts/slurm/KIND.sbatch with these options, variables and flags written in; None takes an option out."""
     head, body, left = [], [], dict(options)
@@ -108,7 +125,7 @@ def batch_script(kind: str, options: dict[str, str], variables: dict[str, str], 
             name = line.removeprefix("#SBATCH --").split("=")[0]
             value = left.pop(name) if name in left else line.removeprefix("#SBATCH --").partition("=")[2]
             if value is not None:
-                head.append(f"#SBATCH --{name}={value}" if value else f"#SBATCH --{name}")
+                head.append(f"#SBATCH --{name}={value}" if value else f"#SBATCH --{name}")  # quoted already
         elif not line.startswith("#"):
             body.append(line)
     head += [f"#SBATCH --{name}={value}" for name, value in left.items() if value is not None]
@@ -122,14 +139,16 @@ def plan(args: argparse.Namespace, flags: list[str]) -> list[tuple[str, Path, st
     data, flags = taken_out(flags, "data_path")
     if not out or not data:
         missing = "--output_dir" if not out else "--data_path"
-        sys.exit(f"error: {missing} is missing among main_dino.py's flags; they stand behind --")
+        sys.exit(f"error: {missing} is missing among main_dino.py's flags, which come after --")
     data = str(Path(data).resolve()) if Path(data).exists() else data
     folder = Path(out).resolve()
     variables = {"OUT": str(folder), "DATA": data, "LAUNCHER": args.launcher}
     kinds = ["pretrain", *(kind for kind in EVALUATIONS if getattr(args, kind))]
     scripts = []
     for kind in kinds:
-        options = sbatch_options(args, kind) | {"output": str(folder / "slurm" / f"{kind}-%j.out")}
+        output = str(folder / "slurm").replace("%", "%%") + f"/{kind}-%j.out"  # sbatch replaces %j, and %% by %
+        options = sbatch_options(args, kind) | {"output": output}
+        options = {name: None if value is None else directive_value(value) for name, value in options.items()}
         own = flags if kind == "pretrain" else []
         scripts.append((kind, folder / "slurm" / f"{kind}.sbatch", batch_script(kind, options, variables, own)))
     return scripts
@@ -166,7 +185,7 @@ def submit_by_submitit(args: argparse.Namespace, flags: list[str]) -> str:
         sys.exit("error: --submitit needs the package submitit (pip install submitit); without the flag sbatch is used")
     out, _ = taken_out(flags, "output_dir")
     if not out:
-        sys.exit("error: --output_dir is missing among main_dino.py's flags; they stand behind --")
+        sys.exit("error: --output_dir is missing among main_dino.py's flags, which come after --")
     own = {"nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "time", "job-name", "signal"}
     options = sbatch_options(args, "pretrain")
     executor = submitit.SlurmExecutor(folder=Path(out).resolve() / "submitit")

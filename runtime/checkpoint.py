@@ -31,13 +31,17 @@ from torchfile.archive import END_SIZE
 from torchfile.read import COMMENT, COMMENT_SIZE
 
 TEMP_PREFIX = ".tmp-"
+# Temporary names of what a run writes: the file's own name, and what tempfile puts behind it.
+_TEMPORARY = re.compile(
+    r"\.tmp-(checkpoint(_step)?\d*\.pth|replay_step\d+\.pth|log\.txt|config\.json|DONE|PREEMPTED|probe)\.[a-z0-9_]{8}"
+)
 
 
 # ------------------------------------------------------------------------------------------------ writing
 
 
 def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Let `write(temporary)` fill a file beside `path`, then make it appear under `path`, complete and durable."""
+    """Let `write(temporary)` fill a file next to `path`, then rename it to `path`, complete and durable."""
     path = Path(path)
     handle, name = tempfile.mkstemp(prefix=f"{TEMP_PREFIX}{path.name}.", dir=path.parent)
     os.close(handle)
@@ -55,7 +59,7 @@ def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
 
 
 def _umask() -> int:
-    """The process's umask, read where that needs no change of it (another thread may be creating files)."""
+    """The process's umask, read without changing it (another thread may be creating files)."""
     try:
         match = re.search(r"^Umask:\s*(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)
     except OSError:
@@ -64,7 +68,7 @@ def _umask() -> int:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make a rename, link or unlink inside `folder` durable (where the system lets a folder be opened)."""
+    """Make a rename, link or unlink inside `folder` durable, if the system lets a folder be opened."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except PermissionError:  # Windows
@@ -92,10 +96,10 @@ def append_bytes(path: Path, data: bytes) -> None:
 
 
 def check_writable(folder: Path, flag: str) -> None:
-    """Make `folder` and write a file in it. Raises InputError naming `flag` where that is not possible."""
+    """Make `folder` and write a file in it. Raises InputError naming `flag` if that is not possible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(prefix=TEMP_PREFIX, dir=folder) as probe:
+        with tempfile.NamedTemporaryFile(prefix=f"{TEMP_PREFIX}probe.", dir=folder) as probe:
             probe.write(b"x")
     except OSError as error:
         raise InputError(f"{flag} {folder} cannot be written ({error}); choose another one") from error
@@ -160,11 +164,19 @@ def _seal(file: BinaryIO) -> None:
 
 
 def sweep_temporaries(folder: Path) -> list[str]:
-    """Remove what a killed writer left in `folder`; returns the names."""
-    orphans = sorted(folder.glob(f"{TEMP_PREFIX}*"))
+    """Remove what a killed writer of this run left in `folder`; returns the names.
+
+    The caller holds the folder's lock, so nobody is writing the files that only a run writes. Those that other
+    programs may be writing right now, and everything that a user put there, stay.
+    """
+    orphans = [path for path in sorted(folder.iterdir()) if _TEMPORARY.fullmatch(path.name) and _is_file(path)]
     for orphan in orphans:
         orphan.unlink(missing_ok=True)
     return [orphan.name for orphan in orphans]
+
+
+def _is_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
 
 
 # ------------------------------------------------------------------------------------------------ reading

@@ -15,6 +15,7 @@ import os
 import re
 import socket
 import time
+import urllib.parse
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +28,8 @@ import torch.distributed as dist
 from runtime.guards import InputError, RunStopped
 
 T = TypeVar("T")
+
+_LONGEST_TIMEOUT_S = 30 * 86400
 
 
 @dataclass(frozen=True)
@@ -53,22 +56,29 @@ def launch_environment(env: Mapping[str, str]) -> Launch:
         return _from_torchrun(env)
     if "OMPI_COMM_WORLD_RANK" in env:
         return _from_openmpi(env)
-    if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    if "SLURM_PROCID" in env and _number(env, "SLURM_STEP_NUM_TASKS", "SLURM", 1) > 1:
         return _from_slurm(env)
     return Launch(rank=0, world_size=1, local_rank=0, launcher="none")
 
 
-def _number(env: Mapping[str, str], name: str, launcher: str) -> int:
+def _number(env: Mapping[str, str], name: str, launcher: str, default: int | None = None) -> int:
+    """A variable's whole number, 0 or more; InputError for anything else, and if it is absent without a default."""
+    if name not in env and default is not None:
+        return default
     if name not in env:
         raise InputError(f"{launcher} set some of its variables but not {name}; start with torchrun, srun or mpirun")
-    try:
-        return int(env[name])
-    except ValueError:
-        raise InputError(f"{name}={env[name]!r} is not a number; unset it or use one launcher") from None
+    if re.fullmatch(r"[0-9]{1,18}", env[name]) is None:
+        raise InputError(f"{name}={env[name]!r} is not a number; unset it or use one launcher")
+    return int(env[name])
 
 
 def _port(env: Mapping[str, str]) -> int | None:
-    return _number(env, "MASTER_PORT", "the launcher") if "MASTER_PORT" in env else None
+    if "MASTER_PORT" not in env:
+        return None
+    port = _number(env, "MASTER_PORT", "the launcher")
+    if not 0 < port < 65536:
+        raise InputError(f"MASTER_PORT={port} is no port; set one from 1024 to 65535, or unset it")
+    return port
 
 
 def _checked(launch: Launch) -> Launch:
@@ -85,7 +95,7 @@ def _from_torchrun(env: Mapping[str, str]) -> Launch:
         Launch(
             rank=_number(env, "RANK", "torchrun"),
             world_size=_number(env, "WORLD_SIZE", "torchrun"),
-            local_rank=int(env.get("LOCAL_RANK", "0")),
+            local_rank=_number(env, "LOCAL_RANK", "torchrun", 0),
             launcher="torchrun",
             address=env.get("MASTER_ADDR"),
             port=_port(env),
@@ -102,7 +112,7 @@ def _check_others_agree(launch: Launch, env: Mapping[str, str]) -> None:
         ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
         ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ):
-        other = (int(env.get(rank, "0")), int(env.get(size, "1")))
+        other = (_number(env, rank, name, 0), _number(env, size, name, 1))
         if other[1] > 1 and other != (launch.rank, launch.world_size):
             raise InputError(
                 f"two launchers disagree: RANK={launch.rank} WORLD_SIZE={launch.world_size}, but {name} says "
@@ -113,8 +123,8 @@ def _check_others_agree(launch: Launch, env: Mapping[str, str]) -> None:
 
 def _from_slurm(env: Mapping[str, str]) -> Launch:
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST") or ""
-    job = int(env.get("SLURM_JOB_ID", env.get("SLURM_JOBID", "0")))
-    step = int(env.get("SLURM_STEP_ID", env.get("SLURM_STEPID", "0")))
+    job = _number(env, "SLURM_JOB_ID" if "SLURM_JOB_ID" in env else "SLURM_JOBID", "SLURM", 0)
+    step = _number(env, "SLURM_STEP_ID" if "SLURM_STEP_ID" in env else "SLURM_STEPID", "SLURM", 0)
     return _checked(
         Launch(
             rank=_number(env, "SLURM_PROCID", "SLURM"),
@@ -133,7 +143,7 @@ def _from_openmpi(env: Mapping[str, str]) -> Launch:
     world = _number(env, "OMPI_COMM_WORLD_SIZE", "OpenMPI")
     address = env.get("MASTER_ADDR")
     if address is None:
-        if int(env.get("OMPI_COMM_WORLD_LOCAL_SIZE", str(world))) != world:
+        if _number(env, "OMPI_COMM_WORLD_LOCAL_SIZE", "OpenMPI", world) != world:
             raise InputError("OpenMPI over several nodes needs MASTER_ADDR: mpirun -x MASTER_ADDR=<first host> ...")
         address = "127.0.0.1"
     job = env.get("PMIX_NAMESPACE", env.get("OMPI_MCA_ess_base_jobid", ""))
@@ -211,10 +221,40 @@ def init_distributed_mode(args: argparse.Namespace) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        backend = getattr(args, "backend", None) or ("nccl" if device.type == "cuda" else "gloo")
-        if backend == "nccl" and device.type != "cuda":
-            raise InputError(f"--backend nccl needs CUDA, but the device is {device}; leave --backend out or use gloo")
-        _join(launch, backend, getattr(args, "dist_url", "env://"), float(getattr(args, "timeout", None) or 1800))
+        backend = _checked_backend(getattr(args, "backend", None), device)
+        dist_url = _checked_url(getattr(args, "dist_url", None) or "env://")
+        timeout_s = getattr(args, "timeout", None)
+        _join(launch, backend, dist_url, _checked_timeout(1800.0 if timeout_s is None else timeout_s))
+
+
+def _checked_backend(name: str | None, device: torch.device) -> str:
+    name = name or ("nccl" if device.type == "cuda" else "gloo")
+    known = [backend for backend in dist.Backend.backend_list if backend not in ("undefined", "fake")]
+    unknown = [part for part in re.split(r"[,:]", name) if part not in (*known, "cpu", "cuda", "mps")]
+    if unknown:
+        raise InputError(f"--backend {name!r} is unknown; leave it out, or choose {', '.join(known)}")
+    if name == "nccl" and device.type != "cuda":
+        raise InputError(f"--backend nccl needs CUDA, but the device is {device}; leave --backend out or use gloo")
+    return name
+
+
+def _checked_url(url: str) -> str:
+    """The meeting point's address. Raises InputError unless it is env://, tcp://HOST:PORT or file:///PATH."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        whole = {"env": True, "tcp": bool(parts.hostname and parts.port), "file": bool(parts.path)}
+    except ValueError:  # a port that is none
+        whole = {}
+    if not whole.get(url.partition("://")[0]) or "://" not in url:
+        raise InputError(f"--dist_url {url!r} is no meeting point; use env://, tcp://HOST:PORT or file:///PATH")
+    return url
+
+
+def _checked_timeout(seconds: float) -> float:
+    seconds = float(seconds)
+    if not 0 < seconds <= _LONGEST_TIMEOUT_S:  # NaN too
+        raise InputError(f"--timeout {seconds:g}: must be seconds above 0 and at most {_LONGEST_TIMEOUT_S} (30 days)")
+    return seconds
 
 
 def _join(launch: Launch, backend: str, dist_url: str, timeout_s: float) -> None:

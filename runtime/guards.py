@@ -1,22 +1,28 @@
-"""What stands between a program and its user: exit codes, and errors that can be read.
+"""How a program ends: exit codes, and errors of one line.
 
 Bad input is raised as `InputError` where it enters (an argument, a file, a data set) and leaves the program as one
-line and exit code 2; anything else is a defect and keeps its traceback.
+line and exit code 2; anything else is a defect and keeps its traceback. A reader of the output that goes away
+(`main_dino.py ... | head`) costs the lines that it would have read: the program goes on, and ends with its own code.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
+
+from runtime import terminal
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_NON_FINITE = 3
+EXIT_INTERRUPTED = 130
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: "try again later", which a scheduler's requeue rule can tell from a failure
 
 
@@ -25,7 +31,7 @@ class InputError(ValueError):
 
 
 class RunStopped(RuntimeError):
-    """A run cannot go on, for a reason that its message tells; `exit_code` is the program's."""
+    """A run cannot go on. The message says why; `exit_code` is the program's."""
 
     exit_code = EXIT_FAILED
 
@@ -63,19 +69,29 @@ def run_program(main: Callable[[list[str] | None], int | None], argv: list[str] 
     try:
         code = main(argv)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        _leave_reason(f"error: {error}")
         code = EXIT_BAD_INPUT
     except RunStopped as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        _leave_reason(f"error: {error}")
         code = error.exit_code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        code = 130
-    except BrokenPipeError:  # `main_dino.py --help | head`: nobody reads on, so nothing may be flushed at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = EXIT_DONE
+        terminal.complain("interrupted")
+        code = EXIT_INTERRUPTED
+    except BrokenPipeError as error:  # of somebody's print, or of a worker: nothing says that the work was done
+        _leave_reason(f"error: {error}; a process that read from this one has ended")
+        code = EXIT_FAILED
     if code == EXIT_PREEMPTED:  # schedulers repeat themselves: a second SIGTERM must not turn 75 into a death by signal
         for name in ("SIGTERM", "SIGUSR1"):
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), signal.SIG_IGN)
+    terminal.end()
     sys.exit(EXIT_DONE if code is None else code)
+
+
+def _leave_reason(message: str) -> None:
+    """Say why the program ends; under torchrun also in the file that its own report of the failure ends with."""
+    terminal.complain(message)
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": terminal.escaped(message), "timestamp": str(int(time.time()))}, file)

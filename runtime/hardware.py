@@ -1,6 +1,6 @@
 """The one place that chooses by device: matmul precision, autocast, memory format, the allocator.
 
-What was chosen is said in the first lines of a run's log (`Choice.lines`).
+`Choice.lines`, the first lines of a run's log, tell what was chosen.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from runtime.guards import InputError
 AMP_CHOICES = ("auto", "none", "bf16", "fp16")
 PRECISION_CHOICES = ("auto", "highest", "high", "medium")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-FLOAT32_LEVEL = 2e-6  # relative error of a product that still counts as float32 (the exact library: about 3e-7)
+_FLOAT32_LEVEL = 2e-6  # relative error of a product that still counts as float32 (the exact library: about 3e-7)
 
 
 @dataclass
@@ -92,7 +92,7 @@ def _choose_precision(device: torch.device, wanted: str) -> tuple[str, str]:
     if device.type != "cpu":
         return "highest", "no other choice here"
     error = product_error("medium")
-    if error <= FLOAT32_LEVEL:
+    if error <= _FLOAT32_LEVEL:
         return "medium", f"the fast float32 library; relative error {error:.0e} on a probe"
     return "highest", f"the fast library is off by {error:.0e} on a probe, as it is where it computes in bf16"
 
@@ -117,14 +117,16 @@ def device_line(device: torch.device) -> str:
 
 
 def cpu_count() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Processors that this process may use: those of its CPU set if the system has such a thing, else all."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep big temporaries instead of giving them back to the system at every step; whether it could.
+    """Let glibc keep large temporaries instead of returning them to the system at every step; False if it cannot.
 
-    The same as MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=<much> in the environment, without starting anew.
+    Has the effect of MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=<large> in the environment, without a restart.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

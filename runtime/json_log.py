@@ -11,9 +11,9 @@ from runtime.terminal import say
 
 
 class JsonLog:
-    """A file of one JSON object a line, each durable when `append` returns.
+    """A file with one JSON object per line, each durable when `append` returns.
 
-    A row that cannot be written now (disk full) waits in memory for the next one; its torn part is taken back, so that
+    A row that cannot be written now (disk full) waits in memory for the next call; its torn part is taken back, so that
     every line of the file can be parsed at any time.
     """
 
@@ -33,23 +33,24 @@ class JsonLog:
 
 
 def cut_json_lines(path: Path, first_epoch: int) -> int:
-    """Drop rows of epochs from `first_epoch` on, which a resumed run writes again, and a line torn by a kill.
+    """Drop the rows of epochs from `first_epoch` on, which a resumed run writes again, and lines that are no rows.
 
-    Returns the number of rows dropped. An epoch that stands twice keeps its first row.
+    Returns the number of lines dropped. An epoch that is there twice keeps its first row.
     """
     if not path.exists():
         return 0
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    text = path.read_text(encoding="utf-8", errors="replace")
+    lines = text.splitlines()
     kept: list[str] = []
     seen: set[int] = set()
     for line in lines:
         try:
             epoch = json.loads(line)["epoch"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
-        if epoch < first_epoch and epoch not in seen:
+        if type(epoch) is int and epoch < first_epoch and epoch not in seen:
             seen.add(epoch)
             kept.append(line)
-    if len(kept) != len(lines) or not path.read_bytes().endswith((b"\n", b"")):
+    if len(kept) != len(lines) or not text.endswith("\n"):
         write_text_atomic(path, "".join(line + "\n" for line in kept))
     return len(lines) - len(kept)

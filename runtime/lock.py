@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
+import stat
 import weakref
 from pathlib import Path
 from typing import BinaryIO
@@ -12,18 +14,20 @@ from typing import BinaryIO
 from runtime.guards import InputError
 
 LOCK_NAME = ".lock"
+_MOST_BYTES = 4096  # of the holder's description
 
 
 class FolderLock:
     """Holds an exclusive lock on `folder/.lock` from creation to `release` or the end of the process.
 
-    Raises InputError naming the holder's host, process and job where another run holds it.
+    Raises InputError naming the holder's host, process and job if another run holds it, and if `.lock` is not a file
+    of its own: a link would have the holder's name written over somebody's data.
     """
 
     def __init__(self, folder: Path) -> None:
         import fcntl
 
-        self._file: BinaryIO = open(folder / LOCK_NAME, "a+b")  # noqa: SIM115  held for the life of the run
+        self._file = _open_own_file(folder / LOCK_NAME)  # open for the life of the run
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -44,6 +48,22 @@ class FolderLock:
         self._file.close()
 
 
+def _open_own_file(path: Path) -> BinaryIO:
+    """The file, made if need be, open for reading and appending. Raises InputError if it is anything but a file."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise InputError(f"{path} is a link, a folder or a pipe and not a lock file; remove it") from error
+        raise InputError(f"{path} cannot be opened ({error}); choose another --output_dir") from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+        os.close(descriptor)
+        raise InputError(f"{path} is a link, a folder or a pipe and not a lock file; remove it")
+    return os.fdopen(descriptor, "a+b")
+
+
 def _forget(lock: FolderLock | None) -> None:
     if lock is not None:
         lock.release()
@@ -54,10 +74,13 @@ def _this_process() -> dict[str, object]:
 
 
 def _describe(file: BinaryIO) -> str:
+    """The holder in words; whatever the file holds, this is only a help to the reader."""
     file.seek(0)
     try:
-        holder = json.loads(file.read())
-    except ValueError:
+        holder = json.loads(file.read(_MOST_BYTES))
+    except (ValueError, RecursionError):
+        holder = None
+    if not isinstance(holder, dict):
         return "it has not written its name yet"
-    job = f", job {holder['job']}" if holder.get("job") else ""
-    return f"host {holder.get('host')}, process {holder.get('pid')}{job}"
+    host, pid, job = (str(holder.get(key))[:200] for key in ("host", "pid", "job"))
+    return f"host {host}, process {pid}" + (f", job {job}" if holder.get("job") else "")

@@ -60,9 +60,9 @@ class CheckpointSaver:
         return self._failed == 0
 
     def finish(self, save_again: Callable[[], None], pause_s: float = 1.0) -> None:
-        """See the last save through: where it failed, `save_again` until it is good, with growing pauses.
+        """Wait for the last save; if it failed, `save_again` until one succeeds, with growing pauses.
 
-        A run may not call itself done before. Raises SaveError after too many failures, as any save.
+        A run may not call itself done before that. Raises SaveError after too many failures, as any save.
         """
         while not self.wait():
             time.sleep(pause_s)
@@ -70,7 +70,7 @@ class CheckpointSaver:
             save_again()
 
     def close(self) -> None:
-        """Let a save under way end, whatever becomes of it: its failure has been said, and the run ends anyhow."""
+        """Wait for a save under way and ignore its failure, which has been reported: the run ends in any case."""
         with contextlib.suppress(SaveError):
             self.wait()
 
@@ -87,8 +87,8 @@ class CheckpointSaver:
         if self._failed >= self._max_failed:
             raise SaveError(
                 f"{self._failed} saves to {self._folder} failed in a row, the last with: {error}{_room(self._folder)}; "
-                "free the disk or mend the folder and start the same command again (--max_failed_saves sets how many "
-                "are borne)"
+                "free the disk or fix the folder and start the same command again (--max_failed_saves sets how many "
+                "failures in a row stop a run)"
             )
 
     def _write(self, state: dict[str, Any], step: int, keep_as: str | None) -> None:
@@ -130,7 +130,7 @@ def to_host(value: Any) -> Any:
 
 
 def _point(name: Path, target: Path) -> None:
-    """Let `name` stand for `target`'s content, atomically."""
+    """Atomically make `name` a hard link to `target`, or a copy if the file system has no links."""
     temporary = Path(tempfile.mktemp(prefix=f"{TEMP_PREFIX}{name.name}.", dir=name.parent))
     try:
         try:
@@ -159,9 +159,9 @@ def candidates(folder: Path) -> list[Path]:
 
 
 def find_checkpoint(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """Sweep up after killed writers, then read the newest good checkpoint; None where there has never been one.
+    """Sweep up after killed writers, then read the newest good checkpoint; None if there has never been one.
 
-    A damaged file is named and passed over. Raises InputError where there are checkpoints and none is good.
+    A damaged file is named and passed over. Raises InputError if there are checkpoints and none is good.
     """
     for name in sweep_temporaries(folder):
         say(f"removed {name}, left unfinished by an earlier run")

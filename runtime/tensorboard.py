@@ -1,7 +1,7 @@
 """TensorBoard's scalars, written so that a full disk never stops a run.
 
-The events are those of tensorboardX, but written here: its own writer hands them to a thread through a queue of ten,
-and where the disk fails that thread dies and the training waits for the queue for ever. Here events wait in memory, go
+The events are those of tensorboardX, but written here: its own writer hands them to a thread through a queue of ten;
+if the disk fails, that thread dies and the training waits for the queue forever. Here events wait in memory, go
 to the file together every half minute and at every save, and what a failing disk took of them is taken back.
 
 A file is a sequence of records (TFRecord): length, its checksum, an event, its checksum.
@@ -58,7 +58,7 @@ class TensorBoard:
             self.flush()
 
     def flush(self) -> None:
-        """Bring to the disk what waits; where that fails, say so once, and keep it for the next time."""
+        """Write what waits to the disk; if that fails, say so once, and keep it for the next time."""
         if not self._waiting:
             return
         self._flushed = time.monotonic()

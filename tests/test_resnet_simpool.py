@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 import resnet_simpool as resnets
 from tests.reference import assert_close, fill_, golden, tensor
@@ -97,3 +98,11 @@ def test_wrong_input_is_named():
         small_resnet("gap")
     with pytest.raises(ValueError, match="0x32"):
         small_resnet()(torch.zeros(1, 3, 0, 32))
+
+
+def test_checkpointing_with_synchronised_batchnorm():
+    """SyncBatchNorm counts its batches and insists on it: a checkpointed backward passes, and counts once."""
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(resnets.resnet18(num_classes=0))
+    model.set_grad_checkpointing(True)
+    model(tensor(1, (2, 3, 32, 32))).sum().backward()
+    assert {m.num_batches_tracked.item() for m in model.modules() if isinstance(m, nn.SyncBatchNorm)} == {1}

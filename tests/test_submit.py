@@ -305,6 +305,44 @@ def test_the_submitit_form(cluster):
     assert (flags, signal) == ([*FLAGS], "USR1")
 
 
+SECRET = "x\n#SBATCH --uid=0\ntouch hacked"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--partition", SECRET, "--", *FLAGS], ["--job_name", SECRET, "--", *FLAGS],
+        ["--sbatch", f"comment={SECRET}", "--", *FLAGS], ["--sbatch", f"{SECRET}=1", "--", *FLAGS],
+        ["--time", "1\r2", "--", *FLAGS], ["--", *FLAGS[:-1], SECRET], ["--", *FLAGS, "--note", SECRET],
+        ["--sbatch", "wrap=a\\b\"c", "--", *FLAGS],
+    ],
+)  # fmt: skip
+def test_no_value_becomes_a_line_of_the_script(cluster, words):
+    """A newline would end the directive that it stands in, and what follows would run: refused, nothing is written."""
+    done = cluster.submit(*words)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert cluster.asked("sbatch") == []
+    assert not (cluster.folder / "run").exists()
+
+
+def test_spaces_hashes_and_percents_in_values(cluster):
+    """sbatch parts a directive at spaces, takes # for a comment and % for a pattern: quoted, and doubled in paths."""
+    done = cluster.submit("--job_name", "my run #2", "--", *FLAGS[:-1], "runs 50% #1")
+    assert done.returncode == 0, done.stderr
+    folder = cluster.folder / "runs 50% #1" / "slurm"
+    script = (folder / "pretrain.sbatch").read_text()
+    directives = [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH ")]
+    read = dict(word.removeprefix("--").partition("=")[::2] for line in directives
+                for word in shlex.split(line, comments=True))  # fmt: skip
+    assert read["job-name"] == "my run #2"
+    assert read["output"] == f"{cluster.folder}/runs 50%% #1/slurm/pretrain-%j.out"
+    assert cluster.batch(folder / "pretrain.sbatch").returncode == 0
+    ((*words, _),) = cluster.asked("srun")
+    assert str(cluster.folder / "runs 50% #1") in words
+    assert f"--output={cluster.folder}/runs 50%% #1/logs/%x-%t.txt" in words
+
+
 @pytest.mark.parametrize(
     ("words", "env", "message"),
     [
@@ -315,7 +353,7 @@ def test_the_submitit_form(cluster):
         (["--", "--data_path", "demo"], {}, "--output_dir is missing"),
         (["--", "--output_dir", "run"], {}, "--data_path is missing"),
         (["--", "--output_dir"], {}, "--output_dir is missing"),
-        ([], {}, "flags are missing; they stand behind --"),
+        ([], {}, "flags are missing; give them after --"),
         (["--nodes", "0", "--", *FLAGS], {}, "--nodes 0: must be at least 1"),
         (["--tasks", "2", "--", *FLAGS], {}, "--tasks 2 with --ngpus 8"),
         (["--sbatch", "exclusive", "--", *FLAGS], {}, "give OPTION=VALUE"),

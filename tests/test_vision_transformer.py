@@ -235,3 +235,18 @@ def test_other_norm_layer():
     """norm_layer replaces every norm of the transformer."""
     model = small_vit(norm_layer=partial(nn.LayerNorm, eps=1e-3))
     assert {m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)} == {1e-3}
+
+
+@pytest.mark.parametrize("mode", ["official", "simpool"])
+@pytest.mark.parametrize("size", [(32, 32), (40, 72), (96, 64)])
+def test_positions_resampled_by_matrix_are_the_interpolated_ones(monkeypatch, mode, size):
+    """What CUDA does under deterministic algorithms, run here: the same positions and gradients, but for rounding."""
+    model = vits.VisionTransformer(mode, img_size=[64], patch_size=8, embed_dim=12, depth=1, num_heads=2)
+    tokens = torch.zeros(1, 1, 12)
+    expected = model.interpolate_pos_encoding(tokens, *size)
+    (expected_grad,) = torch.autograd.grad(expected.square().sum(), model.pos_embed)
+    monkeypatch.setattr(vits, "_lacks_backward", lambda device: True)
+    found = model.interpolate_pos_encoding(tokens, *size)
+    (grad,) = torch.autograd.grad(found.square().sum(), model.pos_embed)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-6)

@@ -5,8 +5,9 @@
     python main_dino.py --data_path SHARDS ...
 
 Files are copied as they are, in their order, so the shards stand for the same images under the same indices. A shard
-gets its name when it is complete; run the same command again after an interruption and it goes on where it stopped.
-A few large files spare a cluster's file system the million small ones.
+gets its name when it is complete; after an interruption, the same command continues where it stopped. How many images
+were packed is recorded beside the shards, and checked when they are opened. A few large files spare a cluster's file
+system the million small ones.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from data.datasets import SPLITS, open_images
 from data.decode import BadImage
 from data.source import ImageSource
-from runtime.checkpoint import write_text_atomic
+from runtime.checkpoint import check_writable, fsync_folder, write_text_atomic
 from runtime.cli import add_flag, parse_described
 from runtime.guards import EXIT_DONE, InputError, run_program
 from runtime.progress import progress
@@ -32,11 +33,15 @@ from runtime.terminal import say
 def pack(source: ImageSource, output: Path, prefix: str, per_shard: int) -> list[Path]:
     """Write `source` as output/prefix-000000.tar ..., `per_shard` images each; complete shards are left as they are.
 
-    Raises `InputError` where the folder holds shards of another set, or a file can't be read.
+    Raises `InputError` if the folder can't be written or holds shards of another set, if a class can't be a folder in a
+    shard, or a file can't be read.
     """
     if per_shard < 1:
         raise InputError(f"--images_per_shard {per_shard}: give at least 1")
-    output.mkdir(parents=True, exist_ok=True)
+    if not prefix or "/" in prefix or prefix.startswith("."):
+        raise InputError(f"--prefix {prefix!r} can't start a file's name: use letters, digits, - and _")
+    _check_classes(source)
+    check_writable(output, "--output_dir")
     _check_same_job(source, output / f"{prefix}.json", per_shard)
     starts = range(0, len(source), per_shard)
     shards = [output / f"{prefix}-{number:06d}.tar" for number in range(len(starts))]
@@ -49,11 +54,24 @@ def pack(source: ImageSource, output: Path, prefix: str, per_shard: int) -> list
     return shards
 
 
+def _check_classes(source: ImageSource) -> None:
+    """Classes become folders inside the shards: a list's label must not lead out of them, or hide its images."""
+    for name in source.classes or []:
+        if not name or name.startswith(".") or not name.isprintable() or set(name) & set("/\\"):
+            raise InputError(
+                f"the class {name!r} can't be a folder in a shard: use labels without /, \\ and control characters, "
+                "which do not start with a dot"
+            )
+
+
 def _check_same_job(source: ImageSource, file: Path, per_shard: int) -> None:
     """Shards of one prefix must all come from one data set, cut in one way."""
     job = {"images": len(source), "images_per_shard": per_shard, "fingerprint": source.fingerprint()}
     if file.exists():
-        before = json.loads(file.read_text())
+        try:
+            before = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(f"{file} can't be read ({error}): choose another --output_dir or --prefix") from error
         if before != job:
             raise InputError(
                 f"{file.parent} holds shards of another job ({before}, now {job}): choose another --output_dir or "
@@ -65,19 +83,29 @@ def _check_same_job(source: ImageSource, file: Path, per_shard: int) -> None:
 
 def _write_shard(source: ImageSource, shard: Path, indices: range) -> None:
     temporary = shard.with_name(shard.name + ".partial")
-    with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
-        for i in indices:
-            key, suffix = _key(source, i)
-            try:
-                data = source.read(i)
-            except BadImage as error:
-                raise InputError(f"{source.name(i)} {error}: restore it, or leave it out of the list") from error
-            _add(tar, f"{key}{suffix}", data)
-            if source.labels is not None:
-                _add(tar, f"{key}.cls", str(source.labels[i]).encode())
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, shard)
+    try:
+        temporary.unlink(missing_ok=True)  # half a shard; or a link, which must not be followed
+        with open(temporary, "xb") as file:
+            with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+                for i in indices:
+                    _add_image(tar, source, i)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, shard)
+        fsync_folder(shard.parent)
+    except OSError as error:
+        raise InputError(f"{temporary} can't be written: {error.strerror or error}") from error
+
+
+def _add_image(tar: tarfile.TarFile, source: ImageSource, i: int) -> None:
+    key, suffix = _key(source, i)
+    try:
+        data = source.read(i)
+    except BadImage as error:
+        raise InputError(f"{source.name(i)} {error}: restore it, or leave it out of the list") from error
+    _add(tar, f"{key}{suffix}", data)
+    if source.labels is not None:
+        _add(tar, f"{key}.cls", str(source.labels[i]).encode())
 
 
 def _key(source: ImageSource, i: int) -> tuple[str, str]:
@@ -99,6 +127,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_flag(group, "--data_path", required=True, help="folder or list of images, as for main_dino.py")
     add_flag(group, "--split", default="train", choices=SPLITS, help="which images of a root with train and val")
     add_flag(group, "--subset", type=int, default=-1, help="first images of each class; -1: all")
+    add_flag(group, "--in_chans", type=int, default=3, help="channels that an image must have, as for main_dino.py")
     group = parser.add_argument_group("shards")
     add_flag(group, "--output_dir", required=True, help="folder of the shards; one may hold train and val")
     add_flag(group, "--prefix", default="", help="start of the shards' names; default: the split")
@@ -108,7 +137,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_described(get_args_parser(), __doc__, argv)
-    source = open_images(args.data_path, args.split, args.subset)
+    source = open_images(args.data_path, args.split, args.subset, args.in_chans)
     shards = pack(source, Path(args.output_dir), args.prefix or args.split, args.images_per_shard)
     say(f"{len(source)} images in {len(shards)} shards: --data_path {args.output_dir}")
     return EXIT_DONE

@@ -31,7 +31,7 @@ export MASTER_ADDR MASTER_PORT
 launch() { # program, flags...
     local tasks_per_node=${SLURM_NTASKS_PER_NODE:-$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))}
     # One file per rank (per node under torchrun), continued when the job is requeued.
-    local step=(--kill-on-bad-exit=1 --open-mode=append --output="$OUT/logs/%x-%t.txt")
+    local step=(--kill-on-bad-exit=1 --open-mode=append --output="${OUT//%/%%}/logs/%x-%t.txt")  # srun reads %% as %
     echo "$(date -Is) job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start $((${SLURM_RESTART_COUNT:-0} + 1)): $*"
     if [ "${LAUNCHER:-srun}" = torchrun ]; then
         use_torchrun

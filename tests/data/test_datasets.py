@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import datasets
+from data import files
 from data.datasets import check_same_classes, open_images
 from data.source import PackedStrings
 from runtime.guards import InputError
@@ -176,10 +176,10 @@ def test_classes_of_train_and_val_must_agree(class_root, imagenet_sample):
 def test_file_list_is_remembered_until_a_folder_changes(class_root, tmp_path, monkeypatch):
     """A second start reads the remembered list; an image added anywhere below makes a new scan."""
     monkeypatch.setenv("SIMPOOL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(datasets, "CACHE_FROM", 5)
+    monkeypatch.setattr(files, "CACHE_FROM", 5)
     scans = []
-    scan = datasets.scan_folder
-    monkeypatch.setattr(datasets, "scan_folder", lambda folder: scans.append(folder) or scan(folder))
+    scan = files.scan_folder
+    monkeypatch.setattr(files, "scan_folder", lambda folder: scans.append(folder) or scan(folder))
     for folder in [class_root / "train", *(class_root / "train").iterdir()]:
         os.utime(folder, (1e9, 1e9))
     first, second = open_images(class_root), open_images(class_root)
@@ -194,7 +194,7 @@ def test_file_list_is_remembered_until_a_folder_changes(class_root, tmp_path, mo
 def test_damaged_cache_is_made_again(class_root, tmp_path, monkeypatch):
     """A cut-off cache entry is ignored and replaced."""
     monkeypatch.setenv("SIMPOOL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(datasets, "CACHE_FROM", 5)
+    monkeypatch.setattr(files, "CACHE_FROM", 5)
     for folder in [class_root / "train", *(class_root / "train").iterdir()]:
         os.utime(folder, (1e9, 1e9))
     open_images(class_root)
@@ -252,3 +252,42 @@ def test_small_gray_image_is_read_as_rgb(tmp_path):
     pixels = open_images(tmp_path).load(0)
     assert pixels.shape == (1, 7, 3)
     assert np.array_equal(pixels[0, :, 0], np.arange(7))
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("", r"--data_path '' is no path"), ("a\0b", "is no path"), ("~nosuchuser/x", "can't be opened"),
+     ("x-{5..2}.tar", "runs from 5 to 2"), ("x-{0..99999999999}.tar", "at most 1,000,000 shards")],
+)  # fmt: skip
+def test_what_is_no_path_is_an_input_error(path, message):
+    """Empty, with a NUL, of an unknown user; ranges that run backwards or without end: one line."""
+    with pytest.raises(InputError, match=message) as caught:
+        open_images(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_stray_tar_never_replaces_image_folders(class_root):
+    """A tar beside class folders, as a download leaves it, is an error that names both; elsewhere it is nothing."""
+    (class_root / "elsewhere.tar").write_bytes(b"")
+    assert len(open_images(class_root)) == 9
+    (class_root / "train" / "download.tar").write_bytes(b"")
+    with pytest.raises(InputError, match=r"both a tar file \(download\.tar\) and image files \(ant/0\.jpg\)"):
+        open_images(class_root)
+
+
+def test_a_class_that_may_be_called_train_is_spoken_of(class_root, capsys):
+    """Folders with images beside train/ that are no usual split are named as left out."""
+    open_images(class_root)
+    assert "left out" not in capsys.readouterr().out
+    shutil.rmtree(class_root / "val")
+    shutil.copytree(class_root / "train" / "ant", class_root / "plane")
+    shutil.copytree(class_root / "train" / "ant", class_root / "test")
+    open_images(class_root)
+    assert "left out (plane); if train is a class" in capsys.readouterr().out
+
+
+def test_a_folder_of_broken_images_can_be_opened_for_checking(tmp_path):
+    """check=False opens what nothing can be read of, which is what tools.check_images is for."""
+    for i in range(3):
+        (tmp_path / f"{i}.jpg").write_bytes(b"this is text")
+    assert len(open_images(tmp_path, check=False)) == 3

@@ -198,3 +198,30 @@ def test_files_get_the_usual_permissions(saved):
     script = "import os; print(oct(os.umask(0)))"
     umask = int(subprocess.check_output([sys.executable, "-c", script], text=True), 8)
     assert saved.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_only_temporaries_of_a_run_are_swept(tmp_path):
+    """What a killed run left goes; a user's own files, links and folders of a similar name stay."""
+    ours = [".tmp-checkpoint.pth.a1b2c3d4", ".tmp-checkpoint_step00000012.pth.abcdefgh", ".tmp-config.json.abcd_123",
+            ".tmp-DONE.abcdefgh", ".tmp-probe.abcdefgh"]  # fmt: skip
+    theirs = [".tmp-notes", ".tmp-checkpoint.pth", ".tmp-eval_knn.json.abcdefgh", ".tmp-thesis.pth.abcdefgh"]
+    for name in ours + theirs:
+        (tmp_path / name).touch()
+    (tmp_path / ".tmp-log.txt.abcdefgh").mkdir()
+    (tmp_path / ".tmp-log.txt.abcdefgi").symlink_to(tmp_path / ".tmp-notes")
+    assert checkpoint.sweep_temporaries(tmp_path) == sorted(ours)
+    assert {path.name for path in tmp_path.iterdir()} == {*theirs, ".tmp-log.txt.abcdefgh", ".tmp-log.txt.abcdefgi"}
+
+
+def test_what_a_killed_writer_leaves_is_swept(tmp_path):
+    """The names that a writer really uses are those that are recognised."""
+    for name in ("checkpoint.pth", "checkpoint_step00000001.pth", "checkpoint0020.pth", "config.json", "DONE"):
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.write_atomic(tmp_path / name, leave_it)
+    assert len(checkpoint.sweep_temporaries(tmp_path)) == 5
+
+
+def leave_it(temporary: Path) -> None:
+    """Die in the middle of writing; the file stays under another name of the same kind."""
+    os.link(temporary, temporary.with_name(temporary.name[:-1] + "_"))
+    raise KeyboardInterrupt

@@ -6,7 +6,16 @@ import argparse
 
 import pytest
 
-from runtime.cli import HelpFormatter, add_flag, bool_flag, float_or_none, given_flags, parse_program, read_config
+from runtime.cli import (
+    HelpFormatter,
+    add_flag,
+    bool_flag,
+    float_or_none,
+    given_flags,
+    parse_program,
+    path_flag,
+    read_config,
+)
 from runtime.guards import InputError
 
 
@@ -72,3 +81,65 @@ def test_wrong_flags_are_named_with_those_near(argv, message):
     with pytest.raises(InputError, match=message):
         parse_program("program.py", parser(), __doc__, argv)
     assert parse_program("program.py", parser(), __doc__, ["--data-path=z"]).data_path == "z"
+
+
+def config_parser() -> argparse.ArgumentParser:
+    p = parser()
+    add_flag(p, "--lr", type=float, default=0.1)
+    add_flag(p, "--gamma", type=float_or_none, default=1.25)
+    add_flag(p, "--steps", type=int)
+    add_flag(p, "--ks", type=int, nargs="+", default=[10])
+    add_flag(p, "--dry_run", action="store_true")
+    return p
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"lr: [0.1, 5]", "lr.*give one value"), (b"lr: []", "lr.*give one value"), (b"ks: []", "at least one value"),
+        (b"lr:", "lr.*give a value, or leave the key out"), (b"scale: [0.1]", "give 2 values"),
+        (b"ks: [1, null]", "a number or a text"), (b"lr: {a: 1}", "a number or a text"),
+        (b"mode: true", "a number or a text"), (b"dry_run: 3", "true or false"), (b"1: 2", "key 1 is no flag"),
+        (b"on: 2", "key True is no flag"), (b"lr: \xff", "cannot be parsed: 'utf-8'"),
+        (b"a: &a [1]\nb: *a", "aliases"), (b"lr: 1\nlr: 2", "'lr' is there twice"), (b"[" * 5000, "cannot be parsed"),
+        (b"lr: " + b" " * 1_000_001 + b"1", "larger than 1 MB"), (b"lr: .nan\nsteps: x", "steps"),
+        (b"mode: !!python/object/apply:os.system [ls]", "cannot be parsed"),
+    ],
+)  # fmt: skip
+def test_odd_yaml(tmp_path, text, message):
+    """What YAML can hold beyond one value per flag is refused by name, in little time and memory."""
+    (tmp_path / "c.yaml").write_bytes(text)
+    with pytest.raises(InputError, match=message):
+        read_config(tmp_path / "c.yaml", config_parser())
+
+
+@pytest.mark.parametrize("text", ['{"lr": 1, "lr": 2}', "[" * 100_000, '{"lr": null}', '{"lr": [0.1, 5]}', "null"])
+def test_odd_json(tmp_path, text):
+    """The same for JSON."""
+    (tmp_path / "c.json").write_text(text)
+    with pytest.raises(InputError, match="--config"):
+        read_config(tmp_path / "c.json", config_parser())
+
+
+def test_null_where_none_is_a_value(tmp_path):
+    """A run's own config.json has null for flags that were not given, and for gamma None."""
+    (tmp_path / "c.json").write_text('{"gamma": null, "steps": null, "ks": [5, 6], "dry_run": true, "lr": 1}')
+    assert read_config(tmp_path / "c.json", config_parser()) == {
+        "gamma": None, "steps": None, "ks": [5, 6], "dry_run": True, "lr": 1.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"), [("~/runs", "/home/me/runs"), ("~", "/home/me"), ("a/~b", "a/~b"), ("./~", "./~"), ("x", "x")]
+)
+def test_paths_begin_at_home(monkeypatch, path, expected):
+    """`--output_dir=~/runs` reaches the program with its ~, which the shell expands only at a word's beginning."""
+    monkeypatch.setenv("HOME", "/home/me")
+    assert path_flag(path) == expected
+
+
+@pytest.mark.parametrize("path", ["", "  ", "~nosuchuser/x", "a\0b"])
+def test_paths_that_are_none(path):
+    """Empty, of an unknown user, with a zero byte."""
+    with pytest.raises(argparse.ArgumentTypeError, match=r"path|home"):
+        path_flag(path)

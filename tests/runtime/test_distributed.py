@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from runtime import distributed
-from runtime.distributed import choose_device, first_host, launch_environment
+from runtime.distributed import choose_device, first_host, init_distributed_mode, launch_environment
 from runtime.guards import InputError
 
 SLURM = {
@@ -170,3 +171,37 @@ def test_nccl_needs_cuda():
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="nccl needs CUDA"):
             distributed.init_distributed_mode(argparse.Namespace(device="cpu", backend="nccl"))
+
+
+@pytest.mark.parametrize(
+    ("env", "name"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "x"}, "LOCAL_RANK='x'"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "-1"}, "LOCAL_RANK='-1'"),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "x"}, "SLURM_STEP_NUM_TASKS='x'"),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "a"}, "SLURM_JOB_ID"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "99999"}, "MASTER_PORT=99999 is no port"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "0"}, "MASTER_PORT=0 is no port"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "SLURM_PROCID": "a", "SLURM_STEP_NUM_TASKS": "2"}, "SLURM_PROCID='a'"),
+        ({"RANK": "9" * 30, "WORLD_SIZE": "2"}, "RANK="),
+    ],
+)  # fmt: skip
+def test_odd_variables_of_launchers(env, name):
+    """Each is one line with the variable and its value."""
+    with pytest.raises(InputError, match=re.escape(name)):
+        launch_environment(env)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("dist_url", "foo://"), ("dist_url", "tcp://host"), ("dist_url", "tcp://host:99999"), ("dist_url", "x"),
+        ("backend", "glooo"), ("timeout", float("inf")), ("timeout", float("nan")), ("timeout", -1.0),
+        ("timeout", 1e12), ("timeout", 0.0),
+    ],
+)  # fmt: skip
+def test_odd_launcher_flags(flag, value):
+    """Each is one line with the flag and its value, before the processes try to meet."""
+    args = argparse.Namespace(device="cpu", **{flag: value})
+    with pytest.raises(InputError, match=rf"--{flag}"):
+        init_distributed_mode(args)

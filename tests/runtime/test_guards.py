@@ -28,3 +28,19 @@ def test_input_errors_are_translated():
         raise ValueError("nope")
     with pytest.raises(TypeError), input_errors():
         raise TypeError
+
+
+def test_torchruns_report_ends_with_our_line(tmp_path, monkeypatch):
+    """Under torchrun the reason also goes into the file that the launcher's own report quotes."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+
+    def main(_):
+        raise InputError("--lr -1: must be above 0")
+
+    with pytest.raises(SystemExit):
+        run_program(main)
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(tmp_path / "error.json"))
+    assert failure.message == "error: --lr -1: must be above 0"
+    assert failure.timestamp > 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -27,3 +29,12 @@ def test_product_error_is_float32s_at_highest():
     """The probe itself: at full precision the error is that of float32 sums."""
     assert hardware.product_error("highest") < 2e-6
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_processors_are_counted_everywhere(monkeypatch):
+    """Without Linux's CPU sets, all processors count."""
+    assert 1 <= hardware.cpu_count() <= os.cpu_count()
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert hardware.cpu_count() == os.cpu_count()
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert hardware.cpu_count() == 1

@@ -41,3 +41,22 @@ def test_rows_ahead_of_the_checkpoint_are_cut(tmp_path, text, kept):
     json_log.cut_json_lines(path, first_epoch=2)
     assert [json.loads(line)["epoch"] for line in path.read_text().splitlines()] == kept
     assert path.read_text().endswith("\n") or not kept
+
+
+@pytest.mark.parametrize(
+    "row", ['{"epoch": "0"}', '{"epoch": [1]}', '{"epoch": null}', "[" * 100_000, "[]", "{}", "\x00"]
+)
+def test_lines_that_are_no_rows_are_dropped(tmp_path, row):
+    """Whatever a damaged log holds, the good rows stay and the run goes on."""
+    path = tmp_path / "log.txt"
+    path.write_text(f'{{"epoch": 0}}\n{row}\n{{"epoch": 1}}\n')
+    assert json_log.cut_json_lines(path, first_epoch=9) == 1
+    assert [json.loads(line)["epoch"] for line in path.read_text().splitlines()] == [0, 1]
+
+
+def test_a_last_line_without_its_end_gets_one(tmp_path):
+    """Else the next row would be appended to it."""
+    path = tmp_path / "log.txt"
+    path.write_text('{"epoch": 0}\n{"epoch": 1}')
+    json_log.cut_json_lines(path, first_epoch=9)
+    assert path.read_text() == '{"epoch": 0}\n{"epoch": 1}\n'

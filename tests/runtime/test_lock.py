@@ -43,3 +43,34 @@ def test_the_lock_is_not_held_by_forked_workers(tmp_path):
         FolderLock(tmp_path).release()
     finally:
         os.kill(worker, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "hard link", "folder", "pipe"])
+def test_the_lock_is_not_written_through_links(tmp_path, kind):
+    """Somebody else's file behind the lock's name keeps its content; anything but a file is refused by name."""
+    precious, lock = tmp_path / "precious", tmp_path / ".lock"
+    precious.write_text("data")
+    if kind == "folder":
+        lock.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(lock)
+    elif kind == "hard link":
+        os.link(precious, lock)
+    else:
+        lock.symlink_to(precious if kind == "link" else tmp_path / "nothing")
+    with pytest.raises(InputError, match=r"\.lock is a link, a folder or a pipe"):
+        FolderLock(tmp_path)
+    assert precious.read_text() == "data"
+    assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize("content", [b"[1]", b"\xff", b"[" * 100_000, b'{"host": "\\u001b[2J"}', b"null"])
+def test_an_odd_lock_file_is_described_all_the_same(tmp_path, content):
+    """Whatever a held lock file holds, the refusal is one line."""
+    held = FolderLock(tmp_path)
+    (tmp_path / ".lock").write_bytes(content)
+    try:
+        with pytest.raises(InputError, match="another run is using"):
+            FolderLock(tmp_path)
+    finally:
+        held.release()

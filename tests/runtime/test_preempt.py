@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 
 from runtime.preempt import StopRequest, requeue_slurm_job
 
@@ -46,3 +48,44 @@ def test_requeue(tmp_path, monkeypatch):
     (tmp_path / "scontrol").write_text("#!/bin/sh\necho no controller >&2\nexit 1\n")
     requeue_slurm_job(said.append)
     assert said[3] == "warning: job 77 was not requeued: no controller"
+
+
+BUSY = """
+import hashlib
+from runtime.preempt import StopRequest
+with StopRequest() as stop:
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 500_000_000)  # one library call of minutes
+    print("returned", flush=True)
+"""
+
+
+def test_ctrl_c_is_answered_while_a_library_works():
+    """The line comes during the call, before Python can run a handler; a second Ctrl-C ends the process at once."""
+    process = subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert "finishing this step, then saving" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        assert process.stdout.read() == ""
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_one_answer_per_signal():
+    """A repeated SIGTERM is answered once."""
+    code = "import os, signal\nfrom runtime.preempt import StopRequest\nwith StopRequest():\n" \
+           "    for _ in range(3):\n        os.kill(os.getpid(), signal.SIGTERM)"  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stderr.split("\n")[:-1] == ["SIGTERM: finishing this step, then saving and leaving"]
+
+
+def test_a_job_number_that_is_none(monkeypatch):
+    """SLURM_JOB_ID goes to scontrol only if it is a job's number."""
+    said: list[str] = []
+    monkeypatch.setenv("SLURM_JOB_ID", "--all")
+    requeue_slurm_job(said.append)
+    assert "is no job's number" in said[0]
