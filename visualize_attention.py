@@ -27,13 +27,13 @@ from data.decode import BadImage
 from data.source import ImageSource, PackedStrings
 from evaluation import attention, examples, film, labelled, options, records
 from evaluation.attention_figure import figure_of_maps, save_png
+from evaluation.models import LoadedModel, load_checkpoint_model
 from runtime.cli import add_flag, parse_program
 from runtime.distributed import choose_device
 from runtime.guards import EXIT_DONE, InputError, input_errors, run_program
 from runtime.progress import progress
 from runtime.reproduce import fix_random_seeds
 from runtime.terminal import say
-from utils import LoadedModel, load_checkpoint_model
 
 VIDEO_BATCH = 8
 
@@ -49,7 +49,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_flag(group, "--image_size", type=int, nargs="+", default=None,
              help="input height and width (default: 480 480, or the model's own if that is under 96)")  # fmt: skip
     group = parser.add_argument_group("pictures")
-    add_flag(group, "--output_dir", default=None, help="folder to write to (default: attention/ beside the checkpoint)")
+    add_flag(group, "--output_dir", default=None, help="folder to write to (default: attention/ in the checkpoint's)")
     add_flag(group, "--threshold", type=float, default=None, help="also masks that hold this part of the attention")
     add_flag(group, "--per_head", action="store_true", help="also every [CLS] head in the grid")
     add_flag(group, "--interpolation", choices=("bicubic", "nearest"), default="bicubic", help="how maps are enlarged")
@@ -231,7 +231,7 @@ def write_video(
     models: dict[str, LoadedModel], source: ImageSource, indices: np.ndarray, size: tuple[int, int],
     args: argparse.Namespace, folder: Path,
 ) -> None:  # fmt: skip
-    """video/frame-00000.png ... (image beside the overlay of every model) and video.gif."""
+    """video/frame-00000.png ... (the image, then the overlay of every model) and video.gif."""
     frames = folder / "video"
     frames.mkdir(exist_ok=True)
     shown = saved_frames(video_frames(models, source, indices, size, args), frames)
@@ -265,7 +265,7 @@ def video_frames(
 
 
 def unique_stems(source: ImageSource, indices: np.ndarray) -> list[str]:
-    """A file name for each image, from its own; numbered where two agree."""
+    """A file name for each image, from its own; numbered if two agree."""
     stems: list[str] = []
     for i in indices:
         stem = slug(Path(source.name(int(i))).stem)

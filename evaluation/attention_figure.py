@@ -30,7 +30,7 @@ def _text(text: str, size: int, bold: bool = False) -> Any:
 
 
 def _shortened(text: str, size: int, width: int, bold: bool = False) -> Any:
-    """The text as an image no wider than `width`, smaller and then cut where it must be."""
+    """The text as an image no wider than `width`, first smaller, then cut if it must be."""
     while (image := _text(text, size, bold)).width > width and size > 9:
         size -= 1
     while image.width > width and len(text) > 2:
@@ -55,7 +55,7 @@ def grid(
     font = max(11, round(width / 14))
     line = round(1.9 * font)
     head = line * (2 if groups else 1)
-    # a wider gap where a new group begins
+    # a wider gap before a new group
     starts, group_starts = [], set(np.cumsum([count for _, count in groups])[:-1].tolist()) if groups else set()
     x = GAP
     for column in range(len(columns)):

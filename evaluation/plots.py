@@ -78,7 +78,7 @@ def is_number(value: Any) -> bool:
 
 
 def series(rows: Sequence[Mapping[str, Any]], *keys: str) -> Points:
-    """(epochs done, values) of what stands under nested keys, where it is a number. A row with epoch -1 is at 0."""
+    """(epochs done, values) of what stands under nested keys, if it is a number. A row with epoch -1 is at 0."""
     epochs, values = [], []
     for row in rows:
         value: Any = row

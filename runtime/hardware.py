@@ -19,7 +19,7 @@ from runtime.guards import InputError
 AMP_CHOICES = ("auto", "none", "bf16", "fp16")
 PRECISION_CHOICES = ("auto", "highest", "high", "medium")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_FLOAT32_LEVEL = 2e-6  # relative error of a product that still counts as float32 (the exact library: about 3e-7)
+FLOAT32_LEVEL = 2e-6  # relative error of a product that still counts as float32 (the exact library: about 3e-7)
 
 
 @dataclass
@@ -92,7 +92,7 @@ def _choose_precision(device: torch.device, wanted: str) -> tuple[str, str]:
     if device.type != "cpu":
         return "highest", "no other choice here"
     error = product_error("medium")
-    if error <= _FLOAT32_LEVEL:
+    if error <= FLOAT32_LEVEL:
         return "medium", f"the fast float32 library; relative error {error:.0e} on a probe"
     return "highest", f"the fast library is off by {error:.0e} on a probe, as it is where it computes in bf16"
 
