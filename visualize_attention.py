@@ -47,7 +47,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_flag(group, "--num_images", type=int, default=None,
              help="how many images of a folder or data set (default: 8; with --video all)")  # fmt: skip
     add_flag(group, "--image_size", type=int, nargs="+", default=None,
-             help="input height and width (default: 480 480, or the model's own if that is under 96)")  # fmt: skip
+             help="input height and width (default: 480 480; for models of small images their own)")  # fmt: skip
     group = parser.add_argument_group("pictures")
     add_flag(group, "--output_dir", default=None, help="folder to write to (default: attention/ in the checkpoint's)")
     add_flag(group, "--threshold", type=float, default=None, help="also masks that hold this part of the attention")
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = records.output_folder(args.output_dir or first / "attention", None)
     models = load_models(args)
     source, indices = open_selection(args)
-    size = input_size(args, list(models.values()))
+    size = input_size(args, list(models.values()), isinstance(source, examples.Photographs))
     with input_errors():
         if args.video:
             write_video(models, source, indices, size, args, folder)
@@ -161,13 +161,16 @@ def spread(source: ImageSource, count: int) -> np.ndarray:
     return order[np.argsort(rank, kind="stable")][:count]
 
 
-def input_size(args: argparse.Namespace, models: list[LoadedModel]) -> tuple[int, int]:
-    """(height, width) of the models' input, a multiple of every patch size."""
+def input_size(args: argparse.Namespace, models: list[LoadedModel], photographs: bool) -> tuple[int, int]:
+    """(height, width) of the models' input, a multiple of every patch size.
+
+    photographs: the images are whole photographs, of which a model of small images needs to see more than its own size.
+    """
     patches = [m.model.patch_size for m in models if isinstance(getattr(m.model, "patch_size", None), int)]
     step = int(np.lcm.reduce(patches)) if patches else 1
     if args.image_size is None:
         native = max(options.input_side(m.config) for m in models)
-        size = [480 if native >= 96 else native] * 2
+        size = [480 if native >= 96 else 6 * native if photographs else native] * 2
         return tuple(max(step, s // step * step) for s in size)
     options.check_side(args, "image_size")
     if len(args.image_size) > 2 or min(args.image_size) < 1:

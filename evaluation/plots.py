@@ -183,6 +183,8 @@ def draw(panel: Panel) -> bytes:
     axis.set_title(panel.title, fontsize=9.5, loc="left")
     axis.set_xlabel("epochs done", fontsize=8)
     axis.tick_params(labelsize=8)
+    last = max(max(epochs) for epochs, _ in panel.lines.values())
+    axis.set_xlim(-0.02 * max(2, last), 1.03 * max(2, last))  # from the start, and no hundredths of a first epoch
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.5g}"))  # never as an offset
     axis.margins(y=0.12)
