@@ -5,8 +5,8 @@
     python eval_knn.py --pretrained_weights output/checkpoint.pth --data_path photos/ --embed photos.npz
 
 The checkpoint may be ours or the published code's; what model it holds is read from it. Prints a table, and writes
-eval_knn.json beside the checkpoint (or to --output_dir). The flags are the published program's; the protocol, and where
-it departs from the published code: evaluation/knn.py.
+eval_knn.json to the checkpoint's folder (or to --output_dir). The flags are the published program's. The protocol, and
+how it departs from the published code: evaluation/knn.py.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from data.datasets import open_images
 from data.sampler import shard_for_eval
 from evaluation import features, identity, knn, labelled, low_shot, options, records, stored_features
 from evaluation.knn import knn_classifier
+from evaluation.models import LoadedModel, load_checkpoint_model
 from evaluation.retrieval import multi_scale
 from runtime.checkpoint import check_writable
 from runtime.cli import add_flag, bool_flag, parse_program
@@ -40,7 +41,6 @@ from runtime.guards import EXIT_DONE, input_errors, run_program
 from runtime.meters import MetricLogger
 from runtime.reproduce import fix_random_seeds
 from runtime.terminal import say
-from utils import LoadedModel, load_checkpoint_model
 
 __all__ = ["ReturnIndexDataset", "extract_feature_pipeline", "extract_features", "knn_classifier"]
 
@@ -295,7 +295,7 @@ def extract_features(model: nn.Module, data_loader: Any, use_cuda: bool = True, 
     """Features (N, D) of a loader of (images, index) over a data set of N images, complete on every rank.
 
     Takes loaders of DINO's scripts, also those whose sampler repeats images to fill the ranks. The model is used in the
-    mode it is in, on its own device; use_cuda keeps the result on the GPU where there is one.
+    mode it is in, on its own device; use_cuda keeps the result on the GPU if there is one.
     """
     device = next(model.parameters()).device
     forward = (lambda images: multi_scale(images, model)) if multiscale else model

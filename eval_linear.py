@@ -30,6 +30,7 @@ from evaluation import cached, features, heads, identity, labelled, linear, logi
 from evaluation.crops import build_probe_loader
 from evaluation.forms import Form, default_forms, form_widths, probe_features
 from evaluation.linear import LinearClassifier, Probe
+from evaluation.models import LoadedModel, load_checkpoint_model
 from evaluation.single_head import train, validate_network
 from evaluation.sweep import Sweep, train_epoch
 from runtime.cli import add_flag, bool_flag, parse_program
@@ -37,7 +38,6 @@ from runtime.distributed import barrier, get_rank, get_world_size, init_distribu
 from runtime.guards import EXIT_DONE, InputError, input_errors, run_program
 from runtime.reproduce import fix_random_seeds
 from runtime.terminal import say
-from utils import LoadedModel, load_checkpoint_model
 
 __all__ = ["LinearClassifier", "eval_linear", "train", "validate_network"]
 

@@ -27,13 +27,13 @@ from data.decode import BadImage
 from data.source import ImageSource, PackedStrings
 from evaluation import attention, examples, film, labelled, options, records
 from evaluation.attention_figure import figure_of_maps, save_png
+from evaluation.models import LoadedModel, load_checkpoint_model
 from runtime.cli import add_flag, parse_program
 from runtime.distributed import choose_device
 from runtime.guards import EXIT_DONE, InputError, input_errors, run_program
 from runtime.progress import progress
 from runtime.reproduce import fix_random_seeds
 from runtime.terminal import say
-from utils import LoadedModel, load_checkpoint_model
 
 VIDEO_BATCH = 8
 
@@ -47,9 +47,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_flag(group, "--num_images", type=int, default=None,
              help="how many images of a folder or data set (default: 8; with --video all)")  # fmt: skip
     add_flag(group, "--image_size", type=int, nargs="+", default=None,
-             help="input height and width (default: 480 480, or the model's own if that is under 96)")  # fmt: skip
+             help="input height and width (default: 480 480; for models of small images their own)")  # fmt: skip
     group = parser.add_argument_group("pictures")
-    add_flag(group, "--output_dir", default=None, help="folder to write to (default: attention/ beside the checkpoint)")
+    add_flag(group, "--output_dir", default=None, help="folder to write to (default: attention/ in the checkpoint's)")
     add_flag(group, "--threshold", type=float, default=None, help="also masks that hold this part of the attention")
     add_flag(group, "--per_head", action="store_true", help="also every [CLS] head in the grid")
     add_flag(group, "--interpolation", choices=("bicubic", "nearest"), default="bicubic", help="how maps are enlarged")
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = records.output_folder(args.output_dir or first / "attention", None)
     models = load_models(args)
     source, indices = open_selection(args)
-    size = input_size(args, list(models.values()))
+    size = input_size(args, list(models.values()), isinstance(source, examples.Photographs))
     with input_errors():
         if args.video:
             write_video(models, source, indices, size, args, folder)
@@ -161,13 +161,16 @@ def spread(source: ImageSource, count: int) -> np.ndarray:
     return order[np.argsort(rank, kind="stable")][:count]
 
 
-def input_size(args: argparse.Namespace, models: list[LoadedModel]) -> tuple[int, int]:
-    """(height, width) of the models' input, a multiple of every patch size."""
+def input_size(args: argparse.Namespace, models: list[LoadedModel], photographs: bool) -> tuple[int, int]:
+    """(height, width) of the models' input, a multiple of every patch size.
+
+    photographs: the images are whole photographs, of which a model of small images needs to see more than its own size.
+    """
     patches = [m.model.patch_size for m in models if isinstance(getattr(m.model, "patch_size", None), int)]
     step = int(np.lcm.reduce(patches)) if patches else 1
     if args.image_size is None:
         native = max(options.input_side(m.config) for m in models)
-        size = [480 if native >= 96 else native] * 2
+        size = [480 if native >= 96 else 6 * native if photographs else native] * 2
         return tuple(max(step, s // step * step) for s in size)
     options.check_side(args, "image_size")
     if len(args.image_size) > 2 or min(args.image_size) < 1:
@@ -231,7 +234,7 @@ def write_video(
     models: dict[str, LoadedModel], source: ImageSource, indices: np.ndarray, size: tuple[int, int],
     args: argparse.Namespace, folder: Path,
 ) -> None:  # fmt: skip
-    """video/frame-00000.png ... (image beside the overlay of every model) and video.gif."""
+    """video/frame-00000.png ... (the image, then the overlay of every model) and video.gif."""
     frames = folder / "video"
     frames.mkdir(exist_ok=True)
     shown = saved_frames(video_frames(models, source, indices, size, args), frames)
@@ -265,7 +268,7 @@ def video_frames(
 
 
 def unique_stems(source: ImageSource, indices: np.ndarray) -> list[str]:
-    """A file name for each image, from its own; numbered where two agree."""
+    """A file name for each image, from its own; numbered if two agree."""
     stems: list[str] = []
     for i in indices:
         stem = slug(Path(source.name(int(i))).stem)

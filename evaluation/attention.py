@@ -23,7 +23,7 @@ from data.augment import as_batch, resize
 from data.loader import normalize
 from evaluation.features import eval_mode
 
-OVERLAY = 0.85  # weight of the map's colour where attention is largest; where there is none, the image is untouched
+OVERLAY = 0.85  # weight of the map's colour at the largest attention; without attention the image is untouched
 LEAST_TOP = 4.0  # times uniform attention
 DIMMED = 0.2  # brightness that is left outside a mask
 
@@ -48,7 +48,7 @@ def fit(pixels: np.ndarray, size: tuple[int, int]) -> Tensor:
 def attention_maps(model: nn.Module, images: Tensor, batch_size: int = 8) -> Tensor:
     """uint8 images (B, C, H, W) -> attention (B, heads, h, w) on the CPU; over each map's patches it sums to 1.
 
-    [CLS] attention is renormalised over the patches. Raises ValueError, from the model, where it has no attention map.
+    [CLS] attention is renormalised over the patches. Raises ValueError, from the model, if it has no attention map.
     """
     device = next(model.parameters()).device
     maps = []
@@ -124,7 +124,7 @@ def coloured(values: Tensor) -> np.ndarray:
 
 
 def overlaid(image: np.ndarray, values: Tensor) -> np.ndarray:
-    """The coloured map over the image, in proportion to the attention: where there is none, the image is as it was."""
+    """The coloured map over the image, in proportion to the attention; without any, the image is as it was."""
     weight = OVERLAY * values.numpy()[..., None]
     return (image * (1 - weight) + coloured(values) * weight).round().astype(np.uint8)
 

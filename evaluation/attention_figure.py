@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from evaluation.attention import attention_maps, coloured, common_top, pictures
+from runtime.checkpoint import write_atomic
 
 GAP = 6  # pixels between the pictures of a grid
 
@@ -29,7 +30,7 @@ def _text(text: str, size: int, bold: bool = False) -> Any:
 
 
 def _shortened(text: str, size: int, width: int, bold: bool = False) -> Any:
-    """The text as an image no wider than `width`, smaller and then cut where it must be."""
+    """The text as an image no wider than `width`, first smaller, then cut if it must be."""
     while (image := _text(text, size, bold)).width > width and size > 9:
         size -= 1
     while image.width > width and len(text) > 2:
@@ -54,7 +55,7 @@ def grid(
     font = max(11, round(width / 14))
     line = round(1.9 * font)
     head = line * (2 if groups else 1)
-    # a wider gap where a new group begins
+    # a wider gap before a new group
     starts, group_starts = [], set(np.cumsum([count for _, count in groups])[:-1].tolist()) if groups else set()
     x = GAP
     for column in range(len(columns)):
@@ -104,7 +105,7 @@ def save_png(picture: np.ndarray, path: str | Path) -> None:
     """Write a picture (H, W, 3) uint8."""
     from PIL import Image
 
-    Image.fromarray(picture).save(path)
+    write_atomic(path, lambda temporary: Image.fromarray(picture).save(temporary, format="PNG"))
 
 
 def attention_figure(
@@ -145,7 +146,7 @@ def figure_of_maps(
     for title, attention in maps_of.items():
         heads = attention.shape[1]
         kinds = ["map", "overlay"] + (["mask"] if threshold is not None else [])
-        titles = [*kinds]
+        titles = ["map", "overlay"] + ([f"{threshold:.0%} of the attention"] if threshold is not None else [])
         if heads > 1:
             titles[0] = f"mean of {heads} heads"
         if per_head and heads > 1:

@@ -7,14 +7,22 @@ from pathlib import Path
 
 import numpy as np
 
+from runtime.checkpoint import write_atomic
+
 MOST_FPS = 50.0  # GIF counts in hundredths of a second, and viewers slow down anything faster than two of them
 
 
 def write_gif(frames: Iterable[np.ndarray], path: str | Path, fps: float) -> int:
     """Write pictures (H, W, 3) uint8 of one size, each with its own 256 colours, repeated for ever; returns how many.
 
-    The file is whole only when the last frame is written. Raises ValueError without a frame.
+    The file appears when it is whole. Raises ValueError without a frame.
     """
+    written: list[int] = []
+    write_atomic(path, lambda temporary: written.append(_write(frames, temporary, fps)))
+    return written[0]
+
+
+def _write(frames: Iterable[np.ndarray], path: Path, fps: float) -> int:
     from PIL import GifImagePlugin, Image
 
     count = 0

@@ -119,7 +119,8 @@ def _read(path: Path, folder: Path) -> Evaluation:
         evaluation.content = content
         evaluation.tables = _tables(path.stem, content)
     except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
-        evaluation.problem = f"{path}: not the results of an evaluation ({type(error).__name__}: {str(error)[:200]})"
+        where = f"{evaluation.label}/{path.name}" if evaluation.label else path.name
+        evaluation.problem = f"{where}: not the results of an evaluation ({type(error).__name__}: {str(error)[:160]})"
     return evaluation
 
 

@@ -10,8 +10,9 @@ share nothing; only their products are batched. The gradient of softmax cross en
 one-hot, times the features), so a step is two products and a few elementwise passes whatever the number of heads.
 
 Departures from the published code: the batch is gathered over the ranks instead of averaging gradients (features are
-small beside the gradients of many heads), so all ranks hold the same heads, bit for bit; the best head is chosen on a
-part of train held out for it, unless told otherwise.
+small, the gradients of many heads are not), so all ranks hold the same heads, bit for bit; the best head is chosen on a
+part of train held out for it, unless told otherwise; the images that do not fill an epoch's last batch are left out of
+that epoch, others in each.
 
 Letters: B global batch, D width of one form of the features, H heads on it (one per learning rate), C classes.
 """
@@ -55,7 +56,7 @@ class HeadGroup:
     """Heads on one form of the features, one per learning rate, trained by batched SGD with momentum.
 
     `lrs` are peak rates as the optimiser uses them. weight (H, C, D) and bias (H, C) start alike for all heads, drawn
-    from `seed`, so that a head does not depend on which others are trained beside it.
+    from `seed`, so that a head does not depend on which others are trained with it.
     """
 
     def __init__(self, dim: int, num_classes: int, lrs: Sequence[float], device: torch.device, seed: int = 0):
@@ -97,7 +98,7 @@ class HeadGroup:
         return {name: getattr(self, name).cpu() for name in names}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Continue from what `state` gave. Raises ValueError where it belongs to other heads."""
+        """Continue from what `state` gave. Raises ValueError if it belongs to other heads."""
         for name, value in state.items():
             mine = getattr(self, name)
             if mine.shape != value.shape or (name == "lrs" and not torch.allclose(mine.cpu(), value)):
@@ -187,7 +188,7 @@ class Probe:
 def split_train(labels: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """(indices to train on, indices held out to choose the head by): a tenth of each class, at most 50,000 in all.
 
-    Drawn from `seed`; a class keeps at least one image to train on, and gives one up where it has two or more.
+    Drawn from `seed`; a class keeps at least one image to train on, and gives one up if it has two or more.
     """
     part = min(HELD_OUT_PART, HELD_OUT_MOST / max(len(labels), 1))
     rng = np.random.default_rng([seed, 0x11EA])

@@ -23,7 +23,7 @@ CHUNK_BYTES = 128 << 20  # bound of each large temporary: a block of training fe
 class Neighbours(NamedTuple):
     """The k nearest training images of each query, nearest first."""
 
-    similarity: Tensor  # (q, k) float32; -inf where a shard had fewer than k images
+    similarity: Tensor  # (q, k) float32; -inf if a shard had fewer than k images
     label: Tensor  # (q, k) int64
 
 
@@ -31,7 +31,7 @@ class Neighbours(NamedTuple):
 def fastest_exact_precision(device_type: str) -> str:
     """The fastest float32 matmul setting whose products have float32's error here.
 
-    "medium" takes another CPU library, about twice as fast and as exact, except on processors with AMX, where it
+    "medium" takes another CPU library, about twice as fast and as exact, except on processors with AMX, on which it
     multiplies in bf16 (measured error 6e-4 on unit vectors, which reorders neighbours). TF32 on a GPU does the same.
     """
     return "medium" if device_type == "cpu" and product_error("medium") < FLOAT32_LEVEL else "highest"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from data.eval_set import ON_BAD_IMAGE
 from evaluation.features import eval_resize
 from runtime.cli import HelpFormatter, add_flag, add_launcher_flags, float_or_none
 from runtime.guards import InputError
+from runtime.hardware import cpu_count
 
 MODEL_FLAGS = (
     "arch", "mode", "gamma", "patch_size", "img_size", "in_chans", "embed_dim", "depth", "num_heads",
@@ -30,7 +30,7 @@ def gamma_flag(value: str) -> str | float | None:
 
 def default_workers() -> int:
     """The published ten loader workers, or as many as there are processors for this process."""
-    return min(10, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return min(10, cpu_count())
 
 
 def evaluation_parser(title: str) -> argparse.ArgumentParser:
@@ -74,7 +74,7 @@ def add_run_flags(parser: argparse.ArgumentParser, batch_size: int = 128) -> Non
              help="images without a split: hold out this part of each class as val, such as 0.1")  # fmt: skip
     add_flag(group, "--on_bad_image", choices=ON_BAD_IMAGE, default="raise",
              help="raise: stop at a file that can't be used; skip: leave it out, and say how many were")  # fmt: skip
-    add_flag(group, "--output_dir", default=None, help="folder for results (default: beside the checkpoint)")
+    add_flag(group, "--output_dir", default=None, help="folder for results (default: the checkpoint's)")
     group = parser.add_argument_group("running")
     add_flag(group, "--batch_size_per_gpu", type=int, default=batch_size, help="images per process and step")
     add_flag(group, "--num_workers", type=int, default=default_workers(),

@@ -29,7 +29,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def output_folder(output_dir: str | Path | None, checkpoint: str | Path | None) -> Path:
     """The folder for results, made and tried: `output_dir`, else the checkpoint's folder, else the current one.
 
-    Raises InputError where it cannot be written, before anything is computed.
+    Raises InputError if it cannot be written, before anything is computed.
     """
     folder = Path(output_dir) if output_dir else (Path(checkpoint).parent if checkpoint else Path("."))
     if is_main_process():

@@ -56,7 +56,6 @@ def write_report(output_dir: str | Path, state: str | None = None, changed: Sequ
     facts = _facts(rows, config, good, state, folder)
     sections = [
         page.heading(_title(config, good, folder), state if is_run else None, facts),
-        page.notes("Problems", problems),
         page.section("Results", _results(rows, good)),
         page.section("Training", _curves(rows, config) if is_run else ""),
         page.section("Attention", _pictures(folder, problems)),
@@ -66,6 +65,7 @@ def write_report(output_dir: str | Path, state: str | None = None, changed: Sequ
         page.folded("The last epoch in numbers", page.table(["", ""], _last_row(rows))),
         *(_detail(evaluation) for evaluation in good),
     ]  # fmt: skip
+    sections.insert(2, page.notes("What could not be read", problems))  # known by now
     path = folder / "report.html"
     write_text_atomic(
         path, page.document(_title(config, good, folder), sections, refresh=state == "running" and is_run)

@@ -120,7 +120,7 @@ def check_embeddings_path(path: str | Path) -> None:
     """Raise InputError unless `write_embeddings` can write to `path`: tried before anything is computed."""
     path = Path(path)
     if path.suffix not in (".npz", ".npy"):
-        raise InputError(f"--embed {path}: the file must end in .npz, or in .npy (names then go to a .csv beside it)")
+        raise InputError(f"--embed {path}: the file must end in .npz, or in .npy (names then go to a .csv next to it)")
     if path.is_dir():
         raise InputError(f"--embed {path} is a folder: give the name of a file")
     check_writable(path.parent, "--embed")
@@ -129,7 +129,7 @@ def check_embeddings_path(path: str | Path) -> None:
 def write_embeddings(
     path: str | Path, features: Tensor, source: ImageSource, description: dict[str, Any], index: Tensor | None = None
 ) -> list[Path]:
-    """Features with the names of their images: one .npz, or an .npy with a .csv of names beside it; returns the files.
+    """Features with the names of their images: one .npz, or an .npy with a .csv of names; returns the files.
 
     index: which image of the source each row is of, by default all in order.
     .npz: `features` (N, D), `names` (N,), `labels` (N,) if there are any, `description` (JSON text).

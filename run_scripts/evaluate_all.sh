@@ -2,8 +2,8 @@
 # Every evaluation of one checkpoint, and one table of all of them.
 #   run_scripts/evaluate_all.sh CHECKPOINT DATA [OUTPUT_DIR]
 #   EPOCHS=100 BATCH=128 NPROC=8 WORKERS=10 run_scripts/evaluate_all.sh output/checkpoint.pth /path/to/imagenet
-# OUTPUT_DIR is CHECKPOINT's name without .pth, with -evaluation, beside it. Run again, it resumes an unfinished probe.
-# Ends with code 1 where an evaluation failed; the others' results stand in the table all the same.
+# OUTPUT_DIR is by default CHECKPOINT without .pth, with -evaluation. Run again, it resumes an unfinished probe.
+# Ends with code 1 if an evaluation failed; the results of the others stand in the table all the same.
 set -uo pipefail
 if [ $# -lt 2 ]; then
     echo "usage: $0 CHECKPOINT DATA [OUTPUT_DIR]   (EPOCHS, BATCH, NPROC, WORKERS, LOW_SHOT_DRAW in the environment)" >&2
@@ -37,7 +37,7 @@ run "k-NN and low-shot k-NN" "${launch[@]}" eval_knn.py "${common[@]}" "${batch[
 run "logistic regression" "${launch[@]}" eval_linear.py "${common[@]}" "${batch[@]}" --logistic
 run "linear probes" "${launch[@]}" eval_linear.py "${common[@]}" "${batch[@]}" --epochs "${EPOCHS:-100}"
 run "attention maps" "$PYTHON" visualize_attention.py --pretrained_weights "$checkpoint" --data_path "$data" \
-    --output_dir "$output/attention" --threshold 0.6
+    --output_dir "$output/attention" --threshold 0.6 --untrained
 
 echo "== $checkpoint"
 "$PYTHON" - "$output" <<'PY' || exit 1

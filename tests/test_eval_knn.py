@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -89,9 +90,9 @@ def test_dumped_features_give_the_same_accuracies_and_only_for_their_maker(check
 
 
 def test_the_published_checkpoint_is_evaluated(root, tmp_path):
-    """A checkpoint of the published code is read, and its architecture found, without any flag."""
+    """A checkpoint of the published code is read, and all of its architecture found that its weights tell."""
     evaluate("--pretrained_weights", reference_checkpoint_path(), "--data_path", root, "--output_dir", tmp_path,
-             "--nb_knn", 10)  # fmt: skip
+             "--nb_knn", 10, "--num_heads", 3)  # fmt: skip
     model = json.loads((tmp_path / "eval_knn.json").read_text())["model"]["config"]
     assert (model["mode"], model["patch_size"], model["embed_dim"], model["img_size"]) == ("official", 8, 48, 64)
 
@@ -172,3 +173,65 @@ def test_dino_scripts_find_their_functions(checkpoint, root, tmp_path):
     loader = torch.utils.data.DataLoader(data, batch_size=8, sampler=[3, 1, 2, 0, *range(4, 32), 0])
     again = torch.nn.functional.normalize(eval_knn.extract_features(model, loader, use_cuda=False), dim=1)
     assert torch.allclose(again, test, atol=1e-5)
+
+
+def test_stored_features_are_used_only_as_they_were_made(checkpoint, root, tmp_path):
+    """Flags of the model, precision or storage that contradict the dump are named, with and without its checkpoint."""
+    flags = ("--data_path", root, "--output_dir", tmp_path)
+    evaluate("--pretrained_weights", checkpoint, *flags, "--dump_features", tmp_path / "f", "--features_dtype", "fp16")
+    load = (*flags, "--load_features", tmp_path / "f")
+    for extra, message in (
+        (["--value_min", "batch"], "value_min was image and is batch"),
+        (["--pretrained_weights", checkpoint, "--value_min", "batch"], "value_min was image and is batch"),
+        (["--amp", "bf16"], "amp was none and is bf16"),
+        (["--features_dtype", "fp32"], "features_dtype was fp16 and is fp32"),
+    ):
+        with pytest.raises(InputError, match=message):
+            evaluate(*load, *extra)
+    evaluate(*load)
+    assert json.loads((tmp_path / "eval_knn.json").read_text())["settings"]["features_dtype"] == "fp16"
+
+
+def test_low_shot_votes_at_every_temperature(checkpoint, root, tmp_path):
+    """Each temperature has its row; k = 1 has the same accuracy under all of them."""
+    evaluate("--pretrained_weights", checkpoint, "--data_path", root, "--low_shot", 1, 2, "--low_shot_draw", "random",
+             "--temperature", 0.07, 1, "--output_dir", tmp_path)  # fmt: skip
+    low = json.loads((tmp_path / "eval_knn.json").read_text())["results"]["low_shot"]
+    assert low["1"]["temperature"] == 0.07
+    assert low["1"]["by_temperature"]["1"]["runs"] == low["1"]["runs"]
+    assert set(low["2"]["by_temperature"]) == {"1"}
+
+
+def test_embed_takes_all_images_of_a_divided_set(checkpoint, root, tmp_path):
+    """Train and val images stand in the file, with their names and labels."""
+    evaluate("--pretrained_weights", checkpoint, "--data_path", root, "--embed", tmp_path / "all.npz")
+    with np.load(tmp_path / "all.npz") as loaded:
+        assert len(loaded["features"]) == len(loaded["names"]) == len(loaded["labels"]) == 96 + 32
+        assert sum("/val/" in name for name in loaded["names"]) == 32
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--embed", "{tmp}/file/out.npz"], "--embed"),
+        (["--embed", "{tmp}/out.txt"], "must end in .npz"),
+        (["--dump_features", "{tmp}/file/features"], "--dump_features"),
+        (["--temperature", "nan"], "temperature nan"),
+    ],
+)
+def test_places_and_values_are_tried_before_anything_is_computed(
+    checkpoint, root, tmp_path, monkeypatch, flags, message
+):
+    """What could not be written at the end is an error at the start: not one feature is extracted."""
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(eval_knn, "load", lambda args: pytest.fail("the model was loaded first"))
+    with pytest.raises(InputError, match=message):
+        evaluate("--pretrained_weights", checkpoint, "--data_path", root, *(f.format(tmp=tmp_path) for f in flags))
+
+
+def test_a_set_without_a_split_is_evaluated_on_a_part_of_it(checkpoint, root, tmp_path):
+    """--val_fraction holds out a part of each class of plain class folders."""
+    evaluate("--pretrained_weights", checkpoint, "--data_path", root / "train", "--val_fraction", 0.25, "--output_dir",
+             tmp_path)  # fmt: skip
+    data = json.loads((tmp_path / "eval_knn.json").read_text())["data"]
+    assert (data["train_images"], data["val_images"]) == (72, 24)

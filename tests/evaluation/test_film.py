@@ -33,7 +33,7 @@ def test_frames_are_written_as_they_come(tmp_path):
     def frames():
         noise = np.random.default_rng(0)
         for _ in range(5):
-            sizes.append((tmp_path / "a.gif").stat().st_size)
+            sizes.append(next(tmp_path.iterdir()).stat().st_size)  # still under its temporary name
             yield noise.integers(0, 256, (200, 300, 3), dtype=np.uint8)
 
     film.write_gif(frames(), tmp_path / "a.gif", 10)

@@ -152,6 +152,17 @@ def test_a_folder_of_evaluations_names_model_checkpoint_and_images(tmp_path):
     report.summary(tmp_path).encode("ascii")
 
 
+def test_the_page_does_not_follow_links(tmp_path):
+    """A link under the page's name is replaced, and what it points to stays."""
+    run = tmp_path / "run"
+    run.mkdir()
+    write_run(run, rows=1)
+    (tmp_path / "precious").write_text("precious")
+    (run / "report.html").symlink_to(tmp_path / "precious")
+    report.write_report(run)
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
 def test_a_missing_folder_is_an_error(tmp_path):
     with pytest.raises(InputError, match="nowhere is not a folder"):
         report.write_report(tmp_path / "nowhere")

@@ -83,3 +83,12 @@ def test_embeddings_carry_names_with_and_without_labels(root, tmp_path):
     assert [f.suffix for f in files] == [".npy", ".csv", ".json"]
     with pytest.raises(InputError, match=r"\.npz"):
         stored_features.write_embeddings(tmp_path / "c.txt", array, source, {})
+
+
+@pytest.mark.parametrize("content", [b"[]", b"null", b"{", b"\xff\xfe", b'{"classes": 3}', b"[" * 100_000])
+def test_an_odd_description_is_one_line(tmp_path, content):
+    """A features.json that is no description is an error that names it."""
+    stored_features.dump_features(tmp_path, stored())
+    (tmp_path / "features.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"features\.json.*dump the features again"):
+        stored_features.load_features(tmp_path)
