@@ -101,7 +101,7 @@ class Picture:
             if decode is not None:
                 return decode(self._data)
         if plain_jpeg and shrink > 1:
-            image.draft(image.mode, (image.width // shrink, image.height // shrink))
+            image.draft(image.mode, (max(1, image.width // shrink), max(1, image.height // shrink)))
         return _to_array(image, self.in_chans)
 
 
