@@ -237,7 +237,7 @@ _BLUR_RADIUS = 6  # three times the largest sigma
 
 
 def _tile(side: int) -> int:
-    """Outputs of one banded product: the largest divisor of the side up to 32, or the side where all are small."""
+    """Outputs of one banded product: the largest divisor of the side up to 32, or the side if all are small."""
     tile = max(t for t in range(1, min(side, 32) + 1) if side % t == 0)
     return tile if tile >= 8 else side
 
