@@ -7,6 +7,7 @@ checked before memory is reserved for it, so that a small file cannot ask for a 
 from __future__ import annotations
 
 import io
+import logging
 import math
 import zlib
 
@@ -40,6 +41,7 @@ def read_tiff(data: bytes) -> np.ndarray:
     """The first image series of a TIFF file. Raises `BadImage`."""
     import tifffile  # comes with scikit-image
 
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it logs a line for every odd tag of a damaged file
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as tiff:
             series = tiff.series[0]
@@ -64,12 +66,15 @@ def _check_size(shape: tuple[int, ...], itemsize: int) -> None:
 
 
 def _check_segments(page, data: bytes, itemsize: int) -> None:
-    """Refuse tiles larger than an image may be, and deflated ones that hold more than they declare."""
+    """Refuse tiles that are missing, larger than an image may be, or hold more than they declare once inflated."""
     import tifffile
 
     if page is None:  # a page of the series that the file leaves out
         return
     _check_size(page.keyframe.chunks, itemsize)
+    there, due = len(page.dataoffsets), math.prod(page.keyframe.chunked)
+    if there != due:
+        raise BadImage(f"has {there} of its {due} tiles or strips")
     if page.keyframe.compression not in (tifffile.COMPRESSION.ADOBE_DEFLATE, tifffile.COMPRESSION.DEFLATE):
         return
     declared = math.prod(page.keyframe.chunks) * itemsize

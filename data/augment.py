@@ -1,8 +1,8 @@
 """Multi-crop augmentation in two stages: crops in the worker, colour on the training device.
 
 The distribution is that of the published DINO and SimPool code: per crop RandomResizedCrop (bicubic), flip, colour
-jitter in random order, grayscale, Gaussian blur, solarize, normalise. The work is divided otherwise. A worker does only
-what touches the file: it decodes once and cuts every crop, antialiased, to uint8 (`MultiCrop`). Everything else runs
+jitter in random order, grayscale, Gaussian blur, solarize, normalise. A worker does only what
+touches the file: it decodes once and cuts every crop, antialiased, to uint8 (`MultiCrop`). Everything else runs
 over whole batches on the device that trains, each crop with its own parameters (`ColourStage`). uint8 crops travel four
 times cheaper than floats, and the worker's share is about an eighth of the published pipeline's.
 
@@ -85,7 +85,7 @@ class CropSpec:
 
     @property
     def resolutions(self) -> list[tuple[int, int]]:
-        """(views, side) of each resolution: the two global crops, then the local ones where there are any."""
+        """(views, side) of each resolution: the two global crops, then the local ones, if any."""
         return [(2, self.global_size)] + ([(self.local_number, self.local_size)] if self.local_number else [])
 
     def left_out(self) -> str | None:
@@ -243,7 +243,7 @@ def colour_parameters(draws: np.ndarray, spec: CropSpec) -> list[torch.Tensor]:
 class ColourStage:
     """uint8 crops and their parameters -> normalised float crops, on whatever device the crops are.
 
-    mean, std: per channel, for pixels in [0, 1]; ImageNet's by default (their averages where there are not 3 channels).
+    mean, std: per channel, for pixels in [0, 1]; ImageNet's by default (their averages if there are not 3 channels).
     The parameters are best left in host memory: they decide which crops an operation runs on, and reading them there
     spares the device a synchronisation.
     """

@@ -4,9 +4,11 @@ Colour jitter in each crop's own order, grayscale, Gaussian blur, solarize, norm
 crop. Every operation is a few tensor passes over many crops, on CPU, CUDA and MPS alike; none loops over images.
 In between, pixels are floats in [0, 255]: bringing them to [0, 1] is left to the normalisation, which scales anyway.
 
-Departures from the published code (Pillow, one image at a time), all within a rounding step of 8 bits:
+Departures from the published code (Pillow, one image at a time):
  - operations compute in float and don't round to 8 bits after each one;
  - the blur is a true Gaussian, cut at three standard deviations; Pillow's is three box blurs (mean difference 0.4/255).
+Together they are not invisible: over 320 crops with the same parameters the mean difference from Pillow was 1.2 levels
+of 255, and the largest 31, because rounding is amplified by the operations after it, hue and solarize above all.
 
 Letters: N crops, C channels, H and W their sides, P parameters of a crop.
 """
@@ -53,8 +55,8 @@ _NO_BLUR = 0.2  # below this sigma, in pixels, a neighbour weighs under 4e-6: no
 def apply_colour(pixels: torch.Tensor, parameters: torch.Tensor, mean: Sequence[float], std: Sequence[float]):
     """(N, C, H, W) uint8 and (N, P) -> (N, C, H, W) float32: jitter, grayscale, blur, solarize, normalise.
 
-    The crops are sorted by the order of their jitter operations, so that hue, the dear one, runs once on each, on
-    contiguous slices; brightness, contrast and saturation are one formula with three weights.
+    The crops are sorted by the order of their jitter operations, so that hue, the most expensive operation, runs
+    once on each, on contiguous slices; brightness, contrast and saturation are one formula with three weights.
     """
     device = pixels.device
     out = torch.empty(pixels.shape, dtype=torch.float32, device=device)
@@ -235,7 +237,7 @@ _BLUR_RADIUS = 6  # three times the largest sigma
 
 
 def _tile(side: int) -> int:
-    """Outputs of one banded product: the largest divisor of the side up to 32, or the side where all are small."""
+    """Outputs of one banded product: the largest divisor of the side up to 32, or the side if all are small."""
     tile = max(t for t in range(1, min(side, 32) + 1) if side % t == 0)
     return tile if tile >= 8 else side
 

@@ -31,7 +31,7 @@ from runtime.guards import InputError
 from runtime.terminal import say
 
 SPLITS = ("train", "val")
-_NO_CLASSES = {"train", "val", "test", "valid", "validation", "extra", "unlabeled"}  # usual names beside train/
+_NO_CLASSES = {"train", "val", "test", "valid", "validation", "extra", "unlabeled"}  # usual names next to train/
 _PROBES = 16  # images tried before a data set is said to hold no readable one
 
 
@@ -177,12 +177,12 @@ def _split_path(path: Path, split: str) -> Path | list[Path]:
 
 
 def _tell_of_neighbours(path: Path) -> None:
-    """Say that folders beside train/ are left out if they look like classes, of which train may be one."""
+    """Say that folders next to train/ are left out if they look like classes, of which train may be one."""
     others = sorted(p for p in path.iterdir() if p.is_dir() and p.name.lower() not in _NO_CLASSES and p.name[0] != ".")
     classes = [p.name for p in others if holds_images(p) is not None]
     if classes:
         say(
-            f"warning: {path / 'train'} is taken as the training split, and the folders beside it are left out "
+            f"warning: {path / 'train'} is taken as the training split, and its neighbours are left out "
             f"({_some(classes)}); if train is a class, rename its folder"
         )
 

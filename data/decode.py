@@ -101,7 +101,7 @@ class Picture:
             if decode is not None:
                 return decode(self._data)
         if plain_jpeg and shrink > 1:
-            image.draft(image.mode, (image.width // shrink, image.height // shrink))
+            image.draft(image.mode, (max(1, image.width // shrink), max(1, image.height // shrink)))
         return _to_array(image, self.in_chans)
 
 
@@ -198,7 +198,7 @@ def _without_exif(data: bytes) -> bytes:
 
 
 def _orientation_of(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 where there is none, or one that can't be read or makes no sense."""
+    """The EXIF orientation, 1 to 8; 1 if there is none, or one that can't be read or makes no sense."""
     if "exif" not in image.info:
         return 1
     exif = Image.Exif()  # not image.getexif(), which falls back on XMP, as no viewer does

@@ -100,7 +100,7 @@ def _patches(split: str, size: int) -> tuple[np.ndarray, np.ndarray]:
             u = uniforms(3, size, DEMO, epoch=("train", "val").index(split), index=int(i))
             side = int(size * (largest / size) ** u[0])
             left, top = int(u[1] * (part.width - side + 1)), int(u[2] * (part.height - side + 1))
-            # crop first: a resize with a box would also read pixels beside the box
+            # crop first: a resize with a box would also read pixels outside the box
             patch = part.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
             pixels[i] = np.asarray(patch)
     pixels.flags.writeable = False

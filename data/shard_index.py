@@ -48,7 +48,7 @@ def build_index(shards: Sequence[Path], expected: Sequence[int | None]) -> tuple
             problems.append(str(error))
     if not names:
         found = problems[0] if problems else f"no file in them ends in one of {', '.join(IMAGE_SUFFIXES)}"
-        raise InputError(f"{shards[0]} and the shards beside it hold no image: {found}")
+        raise InputError(f"{shards[0]} and the shards next to it hold no image: {found}")
     blob, ends = PackedStrings.pack(names).arrays()
     index = {"blob": blob, "ends": ends, "places": np.array(places, dtype=np.int64)}
     labels, classes = _labels(names, words, shards)

@@ -78,7 +78,7 @@ class ImageSource:
 
     @property
     def labels(self) -> np.ndarray | None:
-        """Class numbers, (len,) int64, or None where the set has no labels."""
+        """Class numbers, (len,) int64, or None if the set has no labels."""
         return None if self._labels is None else self._labels.numpy()
 
     def open(self, i: int) -> Picture:

@@ -28,7 +28,7 @@ class CropBatch(NamedTuple):
     """One micro-batch of crops before colour.
 
     crops: per resolution uint8 (V, B, C, S, S); colour: per resolution float32 (V, B, P) parameters, always in host
-    memory; index: (B,) int64, the images asked for; bad: (B,) bool, true where a file could not be used and another
+    memory; index: (B,) int64, the images asked for; bad: (B,) bool, true if a file could not be used and another
     image stands in.
     """
 
@@ -72,7 +72,7 @@ class TrainSet(Dataset):
         return CropBatch(crops, colour_parameters(draws, self.spec), index, bad)
 
     def _cut_or_substitute(self, epoch: int, index: int, draws: np.ndarray, out: Sequence[torch.Tensor]) -> bool:
-        """Cut the crops of image `index`, or of a substitute where it is bad; true in the second case."""
+        """Cut the crops of image `index`, or of a substitute if it is bad; true in the second case."""
         try:
             self._multicrop.cut(self.source.open(index), draws, out)
             return False
