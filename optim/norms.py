@@ -6,7 +6,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
 BLOCK = 1 << 18  # numbers that are added up in float32: an error of 1e-5 at most
 
 
