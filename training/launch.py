@@ -110,7 +110,7 @@ def _train_in(folder: Path, args: argparse.Namespace, method: Method, stop: Stop
 
 def open_data(args: argparse.Namespace) -> tuple[ImageSource, ImageSource | None]:
     """Training images, and validation images if an evaluation is wanted and possible."""
-    held_out = {"val_fraction": args.val_fraction, "seed": args.seed}
+    held_out = {"val_fraction": args.val_fraction}  # one division, whatever --seed: the evaluations' too
     train = open_images(args.data_path, "train", args.subset, args.in_chans, **held_out)
     if not args.eval_every:
         return train, None
