@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 import backbones
-import pretrained
 from data.augment import DataAugmentationDINO
 from data.train_set import CropBatch
 from data.views import MultiCropViews
@@ -35,7 +34,7 @@ from runtime.cli import add_flag, bool_flag
 from runtime.guards import input_errors, run_program
 from runtime.reproduce import fix_random_seeds
 from training import arguments, flags, launch, multicrop
-from training.backbone import check_crop_sizes, load_initial_backbone
+from training.backbone import build_backbone, check_crop_sizes, load_initial_backbone
 from training.method import Method
 from training.plan import make_plan
 from training.run import Means, Run, Wishes, choose_hardware, common_schedules
@@ -100,10 +99,9 @@ def build(args: argparse.Namespace, images: int, device: torch.device) -> Run:
 
 def build_models(args: argparse.Namespace) -> tuple[MultiCropWrapper, MultiCropWrapper]:
     """Student and teacher: the same backbone, pooling, gamma and head; drop path in the student only."""
-    model = {key: getattr(args, key) for key in (*pretrained.MODEL_KEYS, *pretrained.POLICY_KEYS)}
     with input_errors():
-        backbone = backbones.build_backbone(**model, drop_path_rate=args.drop_path_rate)
-        teacher_backbone = backbones.build_backbone(**model)
+        backbone = build_backbone(args, drop_path_rate=args.drop_path_rate)
+        teacher_backbone = build_backbone(args)
         check_crop_sizes(teacher_backbone, args, "img_size", "local_crops_size")
     width = backbone.num_features
     student = MultiCropWrapper(

@@ -93,6 +93,7 @@ def _train_in(folder: Path, args: argparse.Namespace, method: Method, stop: Stop
         say(line)
     saver = on_main_process(lambda: open_run(folder, loop), keep_local=True)
     board = TensorBoard(folder / "tensorboard", loop.step)
+    board.text("configuration", "\n".join(f"    {line}" for line in configuration(args, method)), loop.step)
     try:
         done = loop.go(Outputs(saver, JsonLog(folder / "log.txt"), board))
     finally:
@@ -102,6 +103,7 @@ def _train_in(folder: Path, args: argparse.Namespace, method: Method, stop: Stop
     code = leave_marker(folder, done, loop, stop)
     if args.report:
         write_pictures_and_report(loop, done)
+        board.close()  # again, for the pictures
     if done:
         for line in what_next(folder, args):
             say(line)
@@ -169,7 +171,7 @@ def first_screen(loop: Loop, val: ImageSource | None, found: Path | None) -> lis
         f"output: {loop.folder}; {start}",
         f"code: {get_sha()}",
         f"device: {device_line(run.hardware.device)}",
-        *run.hardware.lines,
+        *textwrap.wrap("; ".join(run.hardware.lines), 80, subsequent_indent="  "),
         f"images: {len(loop.train)} to train on" + (f", {len(val)} to evaluate on" if val is not None else ""),
         f"global batch: {plan.global_batch} = {plan.batch_size} images x {plan.accum} forward(s) x {get_world_size()} "
         f"process(es); {plan.steps_per_epoch} steps per epoch, {run.total_steps} in all; "
@@ -209,7 +211,8 @@ def write_pictures_and_report(loop: Loop, done: bool) -> None:
     """The report of a run, with pictures if it is finished. Whatever happens here, it costs the run nothing."""
     try:
         if done and loop.watch is not None:
-            loop.watch.pictures(loop.folder)
+            for path in loop.watch.pictures(loop.folder):
+                loop.out.board.picture(path.stem, path.read_bytes(), loop.step)
     except (ValueError, OSError) as error:
         say(f"no pictures: {error}")
     page = loop.write_report("done" if done else "preempted")
