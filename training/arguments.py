@@ -76,7 +76,7 @@ def resolve(args: argparse.Namespace, method: Method, sources: dict[str, str] | 
         if getattr(args, key, None) is None or (asked and name == "demo" and sources.get(key) == "default"):
             setattr(args, key, value)
             sources[key] = f"recipe {name}"
-    if is_demo(args.data_path) and sources["output_dir"] == "default" and asked:
+    if recipes.is_demo(args.data_path) and sources["output_dir"] == "default" and asked:
         args.output_dir, sources["output_dir"] = f"runs/demo_{args.arch}", "from --data_path demo"
     _resolve_amp(args)
     if args.num_workers is None:
@@ -91,15 +91,10 @@ def resolve(args: argparse.Namespace, method: Method, sources: dict[str, str] | 
 _MODEL_CHOICE = ("arch", "patch_size", "embed_dim", "depth", "num_heads", "img_size", "config", "init_from", "resume")
 
 
-def is_demo(data_path: str | None) -> bool:
-    """Whether the images are the built-in ones."""
-    return (data_path or "").partition(":")[0] == "demo"
-
-
 def _recipe(args: argparse.Namespace, method: Method, asked: bool) -> str:
     """The recipe to look up: the demo's own if its images are asked for and no model is."""
     chosen = args.recipe != "auto" or any(args.sources.get(key) != "default" for key in _MODEL_CHOICE)
-    own = "demo" in recipes.RECIPES.get(method.name, {}) and is_demo(args.data_path)
+    own = "demo" in recipes.RECIPES.get(method.name, {}) and recipes.is_demo(args.data_path)
     return "demo" if own and asked and not chosen else args.recipe
 
 

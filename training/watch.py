@@ -14,8 +14,8 @@ from evaluation import knn, monitors
 from runtime.distributed import is_main_process
 from runtime.guards import InputError
 from runtime.terminal import say
-from training.arguments import is_demo
 from training.backbone import build_backbone
+from training.recipes import is_demo
 from training.run import Run
 
 
