@@ -37,7 +37,7 @@ from training import arguments, flags, launch, multicrop
 from training.backbone import build_backbone, check_crop_sizes, load_initial_backbone
 from training.method import Method
 from training.plan import make_plan
-from training.run import Means, Run, Wishes, choose_hardware, common_schedules
+from training.run import NO_WISHES, Means, Run, Wishes, choose_hardware, common_schedules
 from training.watch import TeacherWatch
 
 __all__ = ["DINOLoss", "DataAugmentationDINO", "get_args_parser", "train_dino"]
@@ -46,7 +46,7 @@ __all__ = ["DINOLoss", "DataAugmentationDINO", "get_args_parser", "train_dino"]
 # ------------------------------------------------------------------------------------------------ the step
 
 
-def train_step(run: Run, batches: list[CropBatch], step: int, wishes: Wishes = Wishes()) -> Tensor:  # noqa: B008
+def train_step(run: Run, batches: list[CropBatch], step: int, wishes: Wishes = NO_WISHES) -> Tensor:
     """One optimizer step on this process's micro-batches. If any rank's numbers are not finite, nothing changes.
 
     Returns what `Means.report` does, on the device and equal on all ranks: (loss, entropy, kl, grad_norm, bad, stop,
