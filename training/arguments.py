@@ -19,7 +19,6 @@ from runtime.cli import (
 )
 from runtime.guards import InputError, input_errors
 from training import recipes
-from training.flags import MODES
 from training.method import Method
 
 # Arguments that may change between two starts of one run: they do not touch its mathematics. How many processes share
@@ -125,7 +124,7 @@ def cut_to_epochs(args: argparse.Namespace, *keys: str) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Raise InputError for values of common flags that cannot work, before anything heavy is done."""
-    check_choice(args, "mode", MODES)
+    check_choice(args, "mode", backbones.MODES)
     check_choice(args, "optimizer", OPTIMIZERS)
     if not args.data_path and not args.replay:
         raise InputError("--data_path is missing: a folder of images, a list, tar shards, or demo for the built-in set")

@@ -9,7 +9,7 @@ from typing import Any
 import backbones
 from data.source import ImageSource
 from optim import sharding
-from pretrained import MODEL_KEYS, NEWEST_FORMAT, POLICY_KEYS
+from pretrained import MODEL_KEYS, NEWEST_FORMAT, POLICY_KEYS, without_prefix
 from runtime.guards import InputError
 from runtime.terminal import say
 from training import arguments
@@ -34,8 +34,7 @@ def training_state(run: Run, method: Method) -> dict[str, Any]:
 
 def load_training_state(run: Run, method: Method, state: dict[str, Any]) -> None:
     """The inverse of `training_state`."""
-    student = {name.removeprefix("module."): value for name, value in state["student"].items()}
-    sharding.load_model(run.bare_student, student)
+    sharding.load_model(run.bare_student, without_prefix(state["student"], "module."))
     if run.teacher is not None:
         sharding.load_model(run.teacher, state["teacher"])
     sharding.load_optimizer(run.optimizer, state["optimizer"])
