@@ -29,7 +29,7 @@ from distill.losses import DINOLoss
 from distill.multicrop import MultiCropWrapper
 from optim.clipping import cancel_gradients_last_layer
 from optim.schedules import cosine_scheduler
-from runtime.checks import above_zero, at_least_one, from_zero_to_one, zero_or_more
+from runtime.checks import above_zero, at_least_one, at_most, from_zero_to_one, zero_or_more
 from runtime.cli import add_flag, bool_flag
 from runtime.guards import input_errors, run_program
 from runtime.reproduce import fix_random_seeds
@@ -138,6 +138,7 @@ def _check(args: argparse.Namespace) -> None:
     """Complete and check the method's own arguments. Raises InputError."""
     arguments.cut_to_epochs(args, "warmup_teacher_temp_epochs", "freeze_last_layer")
     at_least_one(args, "out_dim")
+    at_most(args, out_dim=10_000_000)
     zero_or_more(args, "warmup_teacher_temp_epochs", "freeze_last_layer")
     above_zero(args, "teacher_temp", "warmup_teacher_temp")
     from_zero_to_one(args, "momentum_teacher")

@@ -11,7 +11,7 @@ import backbones
 from optim.optimizers import OPTIMIZERS
 from runtime import hardware
 from runtime.checkpoint import plain, read_checkpoint
-from runtime.checks import above_zero, at_least_one, check_choice, from_zero_to_one, zero_or_more
+from runtime.checks import above_zero, at_least_one, at_most, check_choice, from_zero_to_one, zero_or_more
 from runtime.cli import (
     given_flags,
     parse_program,
@@ -134,6 +134,10 @@ def check(args: argparse.Namespace) -> None:
         args, "lr", "min_lr", "weight_decay", "weight_decay_end", "clip_grad", "drop_path_rate", "warmup_epochs",
         "eval_every", "saveckp_freq", "num_workers", "checkpoint_every_steps", "checkpoint_every_minutes",
         "max_failed_saves", "max_bad_steps", "seed",
+    )  # fmt: skip
+    at_most(
+        args, epochs=1_000_000, img_size=16_384, in_chans=10_000, embed_dim=65_536, depth=1_000, num_heads=4_096,
+        batch_size_per_gpu=1_000_000, global_batch_size=100_000_000, grad_accum=1_000_000, num_workers=1_000,
     )  # fmt: skip
     above_zero(args, "temperature", "timeout")
     from_zero_to_one(args, "max_bad_fraction")

@@ -37,6 +37,7 @@ from training.few_images import fit_to_few_images
 from training.loop import Loop, Outputs
 from training.method import Method
 from training.refused import replay_step
+from training.run import Run
 
 
 def train(args: argparse.Namespace, method: Method) -> int:
@@ -82,7 +83,7 @@ def _locked(folder: Path) -> FolderLock:
 def _train_in(folder: Path, args: argparse.Namespace, method: Method, stop: StopRequest) -> int:
     train, val = open_data(args)
     fit_to_few_images(args, len(train))
-    run = method.build(args, len(train), args.torch_device)
+    run = build(args, method, len(train))
     loop = Loop(run, method, train, val, stop)
     found = continue_run(folder, loop)
     if on_main_process(lambda: loop.step >= run.total_steps and (folder / "DONE").exists()):
@@ -108,6 +109,19 @@ def _train_in(folder: Path, args: argparse.Namespace, method: Method, stop: Stop
         for line in what_next(folder, args):
             say(line)
     return code
+
+
+def build(args: argparse.Namespace, method: Method, images: int) -> Run:
+    """The method's run. Raises InputError if it doesn't fit into memory."""
+    try:
+        return method.build(args, images, args.torch_device)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate" not in str(error):
+            raise
+        raise InputError(
+            f"the model does not fit into memory ({str(error).strip().splitlines()[0]}); choose a smaller --arch, "
+            "--out_dim or --embed_dim, or share it with --fsdp true"
+        ) from error
 
 
 def open_data(args: argparse.Namespace) -> tuple[ImageSource, ImageSource | None]:

@@ -93,7 +93,7 @@ def replay_step(args: argparse.Namespace, method: Method) -> int:
     run.schedules = {name: np.full(step + 1, value) for name, value in replay["schedules"].items()}
     images = run.views.dataset(train, saved.seed, "substitute")
     for rank, groups in enumerate(replay["images"]):
-        load_training_state(run, method, content)
+        load_training_state(run, method, content, Path(args.replay))
         run.plan = dataclasses.replace(run.plan, rank=rank, steps_per_epoch=content["config"]["steps_per_epoch"])
         batches = [images.__getitems__([(epoch, i) for i in group]).to(args.torch_device) for group in groups]
         result = dict(zip(method.results, method.step(run, batches, step, Wishes()).tolist(), strict=True))
