@@ -80,7 +80,7 @@ def replay_step(args: argparse.Namespace, method: Method) -> int:
     Returns the exit code of a non-finite stop if any rank's numbers are not finite, else 0.
     """
     content = read_checkpoint(args.replay)
-    if "schedules" not in content.get("replay", {}):
+    if not _is_replay(content):
         raise InputError(f"--replay {args.replay} is no replay file of this version; look for replay_stepNNNNNNNN.pth")
     recorded = content["config"].get("method", "dino")
     if recorded != method.name:
@@ -101,3 +101,19 @@ def replay_step(args: argparse.Namespace, method: Method) -> int:
         say(f"step {step}, rank {rank}: {terms}: {'not finite, refused' if result['bad'] else 'finite'}")
         refused = refused or bool(result["bad"])
     return EXIT_NON_FINITE if refused else EXIT_DONE
+
+
+def _is_replay(content: dict[str, Any]) -> bool:
+    """Whether a file holds what a replay reads."""
+    replay, config = content.get("replay"), content.get("config")
+    if not isinstance(replay, dict) or not isinstance(config, dict) or not isinstance(content.get("args"), dict):
+        return False
+    schedules, images = replay.get("schedules"), replay.get("images")
+    numbers = [replay.get("step"), config.get("steps_per_epoch")]
+    try:
+        indices = [index for rank in images for group in rank for index in group]
+        values = [float(value) for value in schedules.values()]
+    except (TypeError, AttributeError, ValueError):
+        return False
+    whole = all(type(number) is int and number >= 0 for number in (*numbers, *indices))
+    return whole and numbers[1] > 0 and bool(values) and bool(indices) and len(images[0][0]) > 0
