@@ -86,7 +86,8 @@ def replay_step(args: argparse.Namespace, method: Method) -> int:
     if recorded != method.name:
         raise InputError(f"--replay {args.replay} is of a run by {recorded}; replay it with that program")
     saved, replay = replay_arguments(args, content), content["replay"]
-    train = open_images(saved.data_path, "train", saved.subset, saved.in_chans)
+    fraction = saved.val_fraction
+    train = open_images(saved.data_path, "train", saved.subset, saved.in_chans, val_fraction=fraction)
     run = method.build(saved, len(train), args.torch_device)
     # The schedules followed the batch and the epochs of all processes of the run.
     step, epoch, refused = replay["step"], replay["step"] // content["config"]["steps_per_epoch"], False
