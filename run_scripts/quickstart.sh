@@ -10,7 +10,7 @@ use_environment
 output=${1:-output/quickstart}
 seed=${SEED:-0}
 
-# A recipe for hundreds of steps instead of DINO's hundred thousands: docs/LOG.md tells how it was found.
+# A recipe for hundreds of steps instead of DINO's hundreds of thousands; docs/LOG.md describes how it was found.
 model=(--arch vit_small --mode simpool --patch_size 8 --embed_dim 96 --depth 4 --num_heads 3 --img_size 32)
 evaluation=(--data_path demo --batch_size_per_gpu 250 --num_workers 0)
 linear=("${evaluation[@]}" --epochs 10 --lr 0.01 0.03 0.1 0.3)
