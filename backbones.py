@@ -1,10 +1,10 @@
 """build_backbone: the only place that turns a name into a model.
 
-Names of ours (vit_*, deit_* as their aliases, resnet*, convnext_*) are built from the files beside this one; any other
-name is looked up in timm, which is imported only then. Nothing is ever downloaded. Where both know a name, ours wins.
+Our own names (vit_*, their aliases deit_*, resnet*, convnext_*) are built from the files next to this one; any other
+name is looked up in timm, which is imported only then. Nothing is ever downloaded. If both know a name, ours wins.
 
-A timm model keeps its own pooling in official mode. In SimPool mode its tokens without prefix tokens, or its map, are
-taken before the final norm, pooled, then normed; tokens with gamma 1.25 and beta, maps with gamma 2.0 and no beta.
+A timm model keeps its own pooling in official mode. In SimPool mode its tokens (without prefix tokens) or its map are
+taken before the final norm, pooled, then normed: tokens with gamma 1.25 and beta, maps with gamma 2.0 and no beta.
 
 Every model has `num_features`, the width of the feature it returns, and `get_attention_map(x) -> (B, heads, h, w)`.
 """
@@ -37,14 +37,14 @@ FAMILIES = {
 ALIASES = {name.replace("vit", "deit"): name for name in FAMILIES["vit"]}
 DEFAULT_GAMMA = {"vit": 1.25, "resnet": 2.0, "convnext": 2.0, "tokens": 1.25, "map": 2.0}
 
-# Convolutional families of timm's zoo. What is not listed here is taken for a transformer, whose recipe (AdamW, no
-# batch statistics) is the safer start for an unknown model.
+# timm's convolutional families. A name not listed here is treated as a transformer, whose recipe (AdamW, no batch
+# statistics) is the safer default for an unknown model.
 _RESNET_LIKE = ("resnet", "resnext", "wide_resnet", "regnet", "seresnet", "ecaresnet", "densenet", "vgg", "rexnet")
 _CONVNEXT_LIKE = ("convnext", "efficientnet", "tf_efficientnet", "mobilenet", "convmixer", "poolformer", "nfnet")
 
 
 def family(arch: str) -> str:
-    """`vit`, `resnet` or `convnext`: whose recipe an architecture follows, by its name."""
+    """`vit`, `resnet` or `convnext`: the family whose recipe an architecture follows, judged by its name."""
     name = arch.lower()
     if name.startswith(_RESNET_LIKE):
         return "resnet"
@@ -54,7 +54,7 @@ def family(arch: str) -> str:
 
 
 def available() -> list[str]:
-    """Names of our own models, without aliases and timm's."""
+    """Names of our own models, without aliases or timm's names."""
     return [name for models in FAMILIES.values() for name in models]
 
 
@@ -73,21 +73,21 @@ def build_backbone(
     value_min: str = "image",
     num_classes: int = 0,
 ) -> nn.Module:
-    """A randomly initialised backbone that returns features (B, num_features), or logits where num_classes > 0.
+    """A randomly initialised backbone that returns features (B, num_features), or logits if num_classes > 0.
 
     Args:
         arch: a name of ours (`available()`), deit_tiny/small/base, or a timm model's name.
         mode: "official" (the architecture's own pooling) or "simpool".
         gamma: SimPool's exponent, None for none, or "auto" for the family's.
-        patch_size: of our ViTs, in pixels; other architectures have their own.
+        patch_size: of our ViTs, in pixels; other architectures fix their own.
         drop_path_rate: stochastic depth of the last block.
         img_size: native size in pixels, a number or (height, width).
         embed_dim, depth, num_heads: override a ViT's preset.
-        pos_embed_policy: of our SimPool ViTs, "exact" or "reference".
+        pos_embed_policy: "exact" or "reference", for our SimPool ViTs.
         value_min: SimPool's minimum, "image" or "batch".
 
     Raises:
-        ValueError: for an unknown name (with near matches), and for any setting that the architecture can't honour.
+        ValueError: for an unknown name (listing near matches), and for any setting that the architecture can't honour.
     """
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
@@ -126,9 +126,9 @@ def build_backbone(
 
 
 def resolve_gamma(arch: str, gamma: float | str | None) -> float | None:
-    """The exponent that `gamma` means for this architecture: a number, None, or for "auto" the family's.
+    """The exponent that `gamma` means for this architecture: a number, None, or the family's for "auto".
 
-    For "auto" and a timm name the model is built once, to see whether it gives tokens or a map.
+    For "auto" and a timm name the model is built once, to see whether it returns tokens or a map.
     """
     if gamma is None or (isinstance(gamma, str) and gamma.lower() == "none"):
         return None
@@ -142,7 +142,7 @@ def resolve_gamma(arch: str, gamma: float | str | None) -> float | None:
 
 
 def _family(name: str) -> str | None:
-    """Family of one of our names, None for a timm name, ValueError with near matches for anything else."""
+    """The family of one of our names, None for a timm name. Raises ValueError with near matches for anything else."""
     for family, models in FAMILIES.items():
         if name in models:
             return family
@@ -173,15 +173,15 @@ def _timm_names() -> tuple[str, ...]:
 
 
 def _timm_knows(name: str) -> bool:
-    """Whether timm has this name, perhaps with a weights tag (name.tag); hub addresses would go to the network."""
+    """Whether timm has this name, with or without a weights tag (name.tag). Hub addresses would need the network."""
     return name.partition(".")[0] in _timm_names()
 
 
 class TimmBackbone(nn.Module):
-    """A timm model behind the interface of ours: `body` is timm's model, pooled by its own head or by SimPool.
+    """A timm model with our interface: `body` is timm's model, pooled by its own head or by SimPool.
 
-    In SimPool mode parameters that the feature does not depend on (a head's own pooling, say) are frozen, so that
-    distributed training does not wait for their gradients.
+    In SimPool mode, parameters that the feature does not depend on (those of a head's own pooling, say) are frozen, so
+    that distributed training does not wait for their gradients.
     """
 
     def __init__(self, name: str, body: nn.Module, mode: str, probe: Tensor, pooling: dict, num_classes: int) -> None:
@@ -260,7 +260,7 @@ def _build_timm(
 
 
 def _create_timm(name: str, settings: dict[str, Any], optional: dict[str, Any]) -> nn.Module:
-    """timm's model with all settings (ValueError where it doesn't take one) and those optional ones that it takes."""
+    """timm's model with all `settings` (ValueError if it doesn't accept one) and the `optional` ones it accepts."""
     import timm
 
     while True:
@@ -280,7 +280,7 @@ def _create_timm(name: str, settings: dict[str, Any], optional: dict[str, Any]) 
 
 @torch.no_grad()
 def _probe(name: str, body: nn.Module, function, probe: Tensor):
-    """function(probe) in eval mode, or a ValueError where the model doesn't take such images."""
+    """function(probe) in eval mode. Raises ValueError if the model doesn't accept such images."""
     training = body.training
     body.eval()
     try:
@@ -316,7 +316,7 @@ def _kind(features: Tensor) -> str:
 
 @cache
 def _timm_kind(name: str) -> str:
-    """Whether a timm model gives "tokens" or a "map"."""
+    """Whether a timm model returns "tokens" or a "map"."""
     body = _create_timm(name, {"num_classes": 0}, {})
     size = getattr(body, "default_cfg", {}).get("input_size", (3, 224, 224))
     features = _probe(name, body, body.forward_features, torch.zeros(1, *size))
@@ -324,7 +324,7 @@ def _timm_kind(name: str) -> str:
 
 
 def _take_final_norm(body: nn.Module) -> nn.Module:
-    """The norm before or after timm's pooling, replaced by nothing in the body; an Identity where there is none."""
+    """Remove the norm before or after timm's pooling from the body and return it; an Identity if there is none."""
     head = getattr(body, "head", None)
     for owner, attribute in ((body, "norm"), (body, "fc_norm"), (head, "norm")):
         norm = getattr(owner, attribute, None)

@@ -1,11 +1,11 @@
 """ConvNeXt tiny to xlarge, with global average pooling ("official") or SimPool.
 
 Follows "A ConvNet for the 2020s", with the parameter names of its original checkpoints (downsample_layers, stages,
-dwconv, pwconv1, pwconv2, gamma for the layer scale). SimPool takes the last map in place of the average; the final
-LayerNorm follows either.
+dwconv, pwconv1, pwconv2, gamma for the layer scale). SimPool pools the last map in place of the average; the final
+LayerNorm follows in both modes.
 
-Norms of maps run over the channels with torch's fused kernel on a channels-last view, which costs no copy when the
-model runs in channels_last memory format.
+Maps are normed over their channels by torch's fused kernel on a channels-last view, which needs no copy if the model
+runs in channels_last memory format.
 
 Shape letters: B batch, C channels, h, w the map's size (image size / 32), D width of the feature.
 """
@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from sp import SimPool
 from vision_transformer import MODES, DropPath
 
-STRIDE = 32  # of the last map; the stem takes 4 and each of three stages 2, all without padding
+STRIDE = 32  # of the last map: 4 in the stem and 2 in each of three stages, all without padding
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -33,7 +33,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class Block(nn.Module):
-    """Depthwise 7x7 convolution, norm, a two-layer MLP over channels, layer scale; all around a shortcut."""
+    """Depthwise 7x7 convolution, norm, a two-layer MLP over channels and layer scale, with a shortcut around them."""
 
     def __init__(self, dim: int, drop_path: float = 0.0, layer_scale_init_value: float = 1e-6) -> None:
         super().__init__()
@@ -54,14 +54,14 @@ class Block(nn.Module):
 
 
 class ConvNeXt(nn.Module):
-    """ConvNeXt that returns logits, or features (B, D) where num_classes is 0.
+    """ConvNeXt that returns logits, or features (B, D) if num_classes is 0.
 
     Args:
         depths, dims: blocks and channels of the four stages.
         mode: "official" (global average pooling) or "simpool".
         gamma: SimPool's exponent, or None; not used in official mode.
         drop_path_rate: stochastic depth of the last block; earlier ones have proportionally less.
-        layer_scale_init_value: start of the layer scale; 0 builds none.
+        layer_scale_init_value: initial layer scale; 0 for no layer scale.
         head_init_scale: factor on the classifier's initial weights.
         value_min: SimPool's minimum, "image" or "batch".
 

@@ -1,14 +1,14 @@
-"""torch.hub entry points: every backbone of ours, official and pooled by SimPool.
+"""torch.hub entry points: each of our backbones, official and pooled by SimPool.
 
     model = torch.hub.load("PATH_OR_REPOSITORY", "vit_small_simpool")
     model = torch.hub.load("PATH_OR_REPOSITORY", "resnet50", pretrained="checkpoint.pth", checkpoint_key="teacher")
 
-Each entry point takes build_backbone's keywords, and `pretrained`: a path or URL of weights, given by the caller.
-Without it the model is randomly initialised, and nothing is fetched. Weights may be a training checkpoint (ours or a
-published one) or a plain state dict; nothing in the file is executed.
+Each entry point takes build_backbone's keywords, and `pretrained`, a path or URL of weights. Without it the model is
+randomly initialised and nothing is downloaded. The weights may be a training checkpoint (ours or a published one) or a
+plain state dict; no code in the file is executed.
 
 A hub user's own modules may be named utils, data or runtime, so nothing here imports ours. torch.hub lists every public
-callable of this file, so imports that are callables carry an underscore.
+callable of this file, so the names of imported callables begin with an underscore.
 """
 
 from __future__ import annotations
@@ -39,26 +39,26 @@ def _entry_point(
     """A backbone that returns features (B, num_features).
 
     Args:
-        pretrained: path or http(s) URL of weights; None starts from random ones.
+        pretrained: path or http(s) URL of weights; None for random ones.
         checkpoint_key: which weights of a training checkpoint, "teacher" or "student".
-        settings: build_backbone's keywords (gamma, patch_size, img_size, num_classes ...). Those that are not given
-            are taken from the file: every setting that it records, or that the shapes of its weights tell.
+        settings: build_backbone's keywords (gamma, patch_size, img_size, num_classes ...). Those not given are taken
+            from the file: every setting that it records, or that follows from the shapes of its weights.
 
     Raises:
-        ValueError: if the file cannot be read safely, if it is another model's than the entry point names, if its
-            weights don't fit, or if it does not tell a setting that must then be given.
+        ValueError: if the file cannot be read safely, holds a different model from the one named, has weights that
+            don't fit, or lacks a setting, which must then be given.
         OSError: if the file or the URL cannot be opened.
     """
     if pretrained is None:
         return _build_backbone(arch, mode, **settings)
     found = _pretrained.open_pretrained(_local(pretrained), checkpoint_key)
     recorded = dict(found.settings)
-    resized = arch in ALIASES.values() and "embed_dim" in recorded  # a ViT of another size may go by any ViT's name
+    resized = arch in ALIASES.values() and "embed_dim" in recorded  # a ViT of custom size loads under any ViT's name
     for name, wanted in (("arch", arch), ("mode", mode)):
         value = recorded.pop(name, wanted)
         if ALIASES.get(value, value) != wanted and not (name == "arch" and resized):
             raise ValueError(
-                f"the weights in {pretrained} are of {name} {value}, not {wanted}; check the entry point's name"
+                f"the weights in {pretrained} are for {name} {value}, not {wanted}; check the entry point's name"
             )
     missing = [name for name in found.unknown if name not in settings]
     if missing:
@@ -66,7 +66,7 @@ def _entry_point(
     if mode != "simpool":
         recorded.pop("gamma", None)
     settings = {**recorded, **settings}
-    with torch.device("meta"):  # compared before any memory is taken: a small file can name a model of any size
+    with torch.device("meta"):  # compared before memory is allocated: a small file can name a model of any size
         _pretrained.check_fit(_build_backbone(arch, mode, **settings), found.weights, pretrained)
     model = _build_backbone(arch, mode, **settings)
     _pretrained.load_weights(model, found.weights, pretrained)
@@ -74,7 +74,7 @@ def _entry_point(
 
 
 def _local(source: str) -> str:
-    """The path of the weights; those of a URL are fetched into torch.hub's folder first, once."""
+    """The path of the weights; a URL is first downloaded into torch.hub's folder, once."""
     if not source.startswith(("http://", "https://")):
         return source
     name = pathlib.PurePosixPath(urllib.parse.urlparse(source).path).name or "weights.pth"

@@ -1,11 +1,12 @@
-"""Pretrain a backbone with DINO, pooled by SimPool or in its official way.
+"""Pretrain a backbone with DINO, with SimPool or the architecture's own pooling.
 
     python main_dino.py --arch vit_small --mode simpool --data_path /path/to/imagenet --output_dir out
     torchrun --nproc_per_node 8 main_dino.py ...
 
 DINO: "Emerging Properties in Self-Supervised Vision Transformers" (ICCV 2021). SimPool: "Keep It SimPool: Who Said
-Supervised Transformers Suffer from Attention Deficit?" (ICCV 2023). This file is the method: its step, its models and
-loss, its flags. What every run needs lives in training/. docs/parity.md lists the departures from the published code.
+Supervised Transformers Suffer from Attention Deficit?" (ICCV 2023). This file defines the method: its step, models,
+loss and flags. The code common to all methods is in training/. docs/parity.md lists the departures from the published
+code.
 
 Shapes: B images per process and micro-batch, V = 2 + n student views, K prototypes.
 """
@@ -49,8 +50,8 @@ __all__ = ["DINOLoss", "DataAugmentationDINO", "get_args_parser", "train_dino"]
 def train_step(run: Run, batches: list[CropBatch], step: int, wishes: Wishes = NO_WISHES) -> Tensor:
     """One optimizer step on this process's micro-batches. If any rank's numbers are not finite, nothing changes.
 
-    Returns what `Means.report` does, on the device and equal on all ranks: (loss, entropy, kl, grad_norm, bad, stop,
-    save).
+    Returns the result of `Means.report`, on the device and equal on all ranks: (loss, entropy, kl, grad_norm, bad,
+    stop, save).
     """
     epoch, means = run.begin(step), Means()
     for crops, last in run.micro_batches(batches):  # [(2B, C, S, S), (nB, C, s, s)]
@@ -72,7 +73,7 @@ def train_step(run: Run, batches: list[CropBatch], step: int, wishes: Wishes = N
     return means.report(norm, refused)
 
 
-# ------------------------------------------------------------------------------------------------ what trains
+# ------------------------------------------------------------------------------------------------ models and loss
 
 
 def build(args: argparse.Namespace, images: int, device: torch.device) -> Run:
@@ -98,7 +99,7 @@ def build(args: argparse.Namespace, images: int, device: torch.device) -> Run:
 
 
 def build_models(args: argparse.Namespace) -> tuple[MultiCropWrapper, MultiCropWrapper]:
-    """Student and teacher: the same backbone, pooling, gamma and head; drop path in the student only."""
+    """Student and teacher with the same backbone, pooling, gamma and head; only the student has drop path."""
     with input_errors():
         backbone = build_backbone(args, drop_path_rate=args.drop_path_rate)
         teacher_backbone = build_backbone(args)
@@ -119,7 +120,7 @@ def build_models(args: argparse.Namespace) -> tuple[MultiCropWrapper, MultiCropW
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """All flags. Those that belong to a recipe default to None here and are filled in by `arguments.resolve`."""
+    """All flags. Those set by recipes default to None here and are filled in by `arguments.resolve`."""
     return flags.new_parser("DINO", _add_method_flags, multicrop.add_flags)
 
 
@@ -127,11 +128,11 @@ def _add_method_flags(group: argparse._ArgumentGroup) -> None:
     add_flag(group, "--out_dim", type=int, help="prototypes K, the width of the head's output")
     add_flag(group, "--norm_last_layer", type=bool_flag, help="keep the prototypes at norm 1")
     add_flag(group, "--use_bn_in_head", type=bool_flag, help="BatchNorm in the head")
-    add_flag(group, "--momentum_teacher", type=float, help="EMA momentum at the start; rises to 1 by a cosine")
-    add_flag(group, "--warmup_teacher_temp", type=float, help="teacher temperature at the start")
+    add_flag(group, "--momentum_teacher", type=float, help="EMA momentum at the start; rises to 1 along a cosine")
+    add_flag(group, "--warmup_teacher_temp", type=float, help="initial teacher temperature")
     add_flag(group, "--teacher_temp", type=float, help="teacher temperature after its warm-up")
-    add_flag(group, "--warmup_teacher_temp_epochs", type=int, help="epochs of that warm-up; 0 for none")
-    add_flag(group, "--freeze_last_layer", type=int, help="epochs in which the prototypes do not move; 0 for none")
+    add_flag(group, "--warmup_teacher_temp_epochs", type=int, help="epochs over which it warms up; 0 for none")
+    add_flag(group, "--freeze_last_layer", type=int, help="epochs during which the prototypes are frozen; 0 for none")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -168,12 +169,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def train_dino(args: argparse.Namespace) -> int:
-    """Pretrain as `args` say; returns the exit code. A run that is in `args.output_dir` is continued."""
+    """Pretrain as `args` say; returns the exit code. A run found in `args.output_dir` is continued."""
     return launch.train(args, METHOD)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The program."""
+    """Run the program; returns its exit code."""
     return train_dino(parse_arguments(argv))
 
 

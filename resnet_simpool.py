@@ -1,10 +1,10 @@
 """ResNet-18 to -152, with global average pooling ("official") or SimPool.
 
 Follows "Deep Residual Learning for Image Recognition" with the stride on the 3x3 convolution (v1.5), and torchvision's
-parameter names, so that published weights load. Written out here rather than imported: torchvision costs a second of
-start-up, and its model cannot give its map. SimPool takes the last map, and no norm follows it.
+parameter names, so that published weights load. Written out here rather than imported: torchvision adds a second to
+start-up, and its model does not expose its last map. SimPool pools that map, and no norm follows.
 
-Departure from the published code: ResNet-18 and -34 honour the mode too.
+Departure from the published code: `mode` works for ResNet-18 and -34 too.
 
 Shape letters: B batch, C channels, h, w the map's size (image size / 32), D width of the feature.
 """
@@ -74,7 +74,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet that returns logits, or features (B, D) where num_classes is 0.
+    """ResNet that returns logits, or features (B, D) if num_classes is 0.
 
     Args:
         block: BasicBlock or Bottleneck.
@@ -154,10 +154,10 @@ class ResNet(nn.Module):
 
 @contextmanager
 def _statistics_untouched(module: nn.Module) -> Iterator[None]:
-    """BatchNorm inside computes as ever but leaves its running statistics: the second pass of a checkpointed block."""
+    """Keep BatchNorm from updating its running statistics, for the second pass of a checkpointed block."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm, _, count in kept:  # a copy to count on, since SyncBatchNorm insists on counting
+    for norm, _, count in kept:  # a throwaway counter, because SyncBatchNorm requires one
         norm.momentum, norm.num_batches_tracked = 0.0, None if count is None else count.clone()
     try:
         yield

@@ -6,7 +6,7 @@ from the mean of all features, attends to the features of its own image; the att
     u0 = mean_p X_p                          query source: the un-normalised mean
     a  = softmax(LN(X) Wk^T Wq u0 / sqrt(D)) attention over the N positions
     V  = LN(X) - min(LN(X)) + 1e-6           values, shifted to be positive
-    u  = (sum_p a_p V_p^gamma)^(1/gamma)     pooled feature; plus a learned scalar beta where asked for
+    u  = (sum_p a_p V_p^gamma)^(1/gamma)     pooled feature, plus a learned scalar beta if use_beta is set
 
 Copy this file into a project and pool the tokens or the feature map of any network:
 
@@ -16,12 +16,12 @@ Copy this file into a project and pool the tokens or the feature map of any netw
     feature, attention = pool(tokens, return_attention=True)                    # attention (B, heads, N)
 
 Departures from the published code, and why:
-- The minimum is taken within each image, as in the paper, so that a feature does not depend on its batch mates;
+- The minimum is taken within each image, as in the paper, so a feature does not depend on the rest of its batch;
   `value_min="batch"` gives the published behaviour.
-- K q is computed as LN(X) (Wk^T Wq u0): two D x D products per image instead of N of them, the same number.
+- K q is computed as LN(X) (Wk^T Wq u0): the same value from two D x D products per image instead of N.
 - Everything runs in float32 whatever autocast says: in float16 eps^gamma underflows and its gradient is NaN.
-- The backward pass recomputes what it needs from the input, so one layer keeps its input and a few vectors alive.
-- A batch of one keeps its batch dimension, and several heads are merged with gamma as well.
+- The backward pass recomputes what it needs from the input, so a layer stores only its input and a few vectors.
+- A batch of one keeps its batch dimension, and multiple heads are merged with gamma as well.
 
 Shape letters: B batch, N positions (tokens or H*W), D width, h heads, d = D / h.
 """
@@ -38,8 +38,8 @@ from torch.nn import functional as F
 
 VALUE_EPS = 1e-6  # keeps the values positive, so that their power has a gradient everywhere
 
-# Images are pooled in groups of about this many elements: on a CPU a group's temporaries then stay in the cache,
-# elsewhere the bound only keeps the peak memory flat.
+# Images are pooled in groups of about this many elements. On a CPU this keeps a group's temporaries in the cache; on
+# other devices it only bounds the peak memory.
 GROUP_ELEMENTS = {"cpu": 1 << 19}
 GROUP_ELEMENTS_DEFAULT = 1 << 26
 
@@ -54,11 +54,12 @@ class SimPool(nn.Module):
             it exists for checkpoints that hold one.)
         qk_scale: factor on the logits; None means 1 / sqrt(D / h).
         gamma: exponent of the generalised mean; None averages LN(X) with the attention alone.
-        use_beta: adds a learned scalar to the pooled feature; only together with gamma.
+        use_beta: adds a learned scalar to the pooled feature; only together with gamma. (A LayerNorm right after it, as
+            in a ViT, subtracts it again, so it has no effect there; it exists for the published checkpoints.)
         value_min: "image" subtracts each image's own minimum, "batch" the whole batch's (published code).
 
     Raises:
-        ValueError: for settings outside the above, and in forward for input of another rank or width.
+        ValueError: for any other setting, and in forward for input of the wrong rank or width.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class SimPool(nn.Module):
     def forward(self, x: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Pooled features (B, D) in the dtype of x; with return_attention also the attention (B, h, N).
 
-        A map's positions are numbered row by row, so the attention of one can be reshaped to (B, h, H, W).
+        A map's positions are numbered row by row, so its attention can be reshaped to (B, h, H, W).
         """
         tokens = self._as_tokens(x)
         with _no_autocast(x.device.type):
@@ -118,7 +119,7 @@ class SimPool(nn.Module):
         return (pooled, attention) if return_attention else pooled
 
     def _as_tokens(self, x: Tensor) -> Tensor:
-        """x as (B, N, D), or the error that says what is wrong with it."""
+        """x as (B, N, D). Raises ValueError if its rank, width or number of positions is wrong."""
         if x.ndim not in (3, 4):
             raise ValueError(f"SimPool takes (B, N, D) tokens or (B, D, H, W) maps, got shape {tuple(x.shape)}")
         tokens = x if x.ndim == 3 else x.flatten(2).transpose(1, 2)
@@ -136,12 +137,12 @@ class SimPool(nn.Module):
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager:
-    """Switches autocast off; the meta device has none."""
+    """Disable autocast, except on the meta device, which has none."""
     return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
 class _Settings(NamedTuple):
-    """What the pooling needs besides tensors."""
+    """The pooling's inputs other than tensors."""
 
     heads: int
     scale: float
@@ -151,7 +152,7 @@ class _Settings(NamedTuple):
 
 
 class _Pool(torch.autograd.Function):
-    """The whole layer as one function: it keeps its input and vectors, and recomputes N x D tensors in backward."""
+    """The whole layer as one function: stores its input and a few vectors, and recomputes N x D tensors in backward."""
 
     @staticmethod
     def forward(ctx, x, norm_weight, norm_bias, wq, bq, wk, bk, settings):
@@ -216,12 +217,12 @@ class _Pool(torch.autograd.Function):
         grad_wq = grad_query.T @ source
         grad_x.add_((grad_query @ wq / x.shape[1]).unsqueeze(1))  # through u0
         grad_bq = grad_query.sum(0) if ctx.needs_input_grad[4] else None
-        grad_bk = torch.zeros_like(grad_norm_bias) if ctx.needs_input_grad[6] else None  # moves all logits alike
+        grad_bk = torch.zeros_like(grad_norm_bias) if ctx.needs_input_grad[6] else None  # shifts all logits equally
         return grad_x, grad_norm_weight, grad_norm_bias, grad_wq, grad_bq, grad_wk, grad_bk, None
 
 
 def _groups(x: Tensor, settings: _Settings) -> list[slice]:
-    """The batch in pieces; a compiler fuses better what is in one piece, and a batch minimum needs it all."""
+    """Slices of the batch; a single one under torch.compile, which fuses that better, and for a batch-wide minimum."""
     batch, positions, dim = x.shape
     if settings.value_min == "batch" or torch.compiler.is_compiling():
         return [slice(0, batch)]
@@ -230,7 +231,7 @@ def _groups(x: Tensor, settings: _Settings) -> list[slice]:
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A group's positions side by side in memory, in the precision of the arithmetic."""
+    """A group's positions, contiguous in memory and in the dtype of the arithmetic."""
     return x.to(dtype).contiguous()
 
 
@@ -242,7 +243,7 @@ def _normalise(x: Tensor, weight: Tensor, bias: Tensor, settings: _Settings) -> 
 def _minimum(normed: Tensor, settings: _Settings) -> tuple[Tensor, Tensor] | None:
     """The smallest entry (m, 1) and its flat index (m, 1), for each image (m = b) or for the batch (m = 1).
 
-    By rows first: a search over whole images for value and index at once is ten times slower on a CPU.
+    Rows are reduced first: searching a whole image for value and index at once is ten times slower on a CPU.
     """
     if settings.gamma is None:
         return None
@@ -253,20 +254,20 @@ def _minimum(normed: Tensor, settings: _Settings) -> tuple[Tensor, Tensor] | Non
 
 
 def _shift(normed: Tensor, lowest: tuple[Tensor, Tensor] | None) -> Tensor:
-    """V from LN(X), in place: what is pooled, positive where gamma raises it to a power.
+    """V from LN(X), in place: the values that are pooled, made positive if gamma raises them to a power.
 
-    The logits are taken from V as well: it differs from LN(X) by one number per image, which moves all logits alike.
+    The logits are computed from V too: it differs from LN(X) by a constant per image, which shifts all logits equally.
     """
     if lowest is None:
         return normed
-    # Not `normed - (minimum - eps)`: a minimum of some size swallows eps.
+    # Not `normed - (minimum - eps)`: eps would be rounded away next to a large minimum.
     return normed.sub_(lowest[0].unsqueeze(-1)).add_(VALUE_EPS)
 
 
 def _through_mean(
     values: Tensor, weights: Tensor, slope: Tensor, gamma: float | None, lowest: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """From the slope (b, 1, D) back through the weighted mean: gradients of LN(X) (b, N, D) and of a (b, N, h)."""
+    """Backpropagate the slope (b, 1, D) through the weighted mean: gradients of LN(X) (b, N, D) and of a (b, N, h)."""
     per_head = (weights.shape[2], values.shape[2] // weights.shape[2])  # (h, d)
     grad_values = _spread(weights, values) * slope
     if gamma is None:
@@ -279,14 +280,14 @@ def _through_mean(
 
 
 def _take_from_minimum(grad_values: Tensor, lowest: tuple[Tensor, Tensor]) -> None:
-    """The minimum is subtracted everywhere, so its own gradient is minus the sum of the others', in place."""
+    """Add the minimum's gradient in place: it is subtracted everywhere, so this is minus the sum of all gradients."""
     place = lowest[1]
     flat = grad_values.view(1, -1) if place.shape[0] == 1 else grad_values.flatten(1)
     flat.scatter_add_(1, place, -flat.sum(1, keepdim=True))
 
 
 def _root_power(values: Tensor, gamma: float) -> Tensor:
-    """values^(gamma - 1); the published exponents need no pow, which is several times slower than square roots."""
+    """values^(gamma - 1), by square roots for the published exponents: pow is several times slower."""
     if gamma == 1.25:
         return values.sqrt().sqrt_()
     if gamma == 2.0:
@@ -295,9 +296,9 @@ def _root_power(values: Tensor, gamma: float) -> Tensor:
 
 
 def _softmax_backward(weights: Tensor, grad_weights: Tensor) -> Tensor:
-    """Gradient of the logits (b, N, h), its sum over positions zero to the last digit.
+    """Gradient of the logits (b, N, h), centred so that its sum over positions vanishes to the last digit.
 
-    What is left of that sum would be multiplied by the large common part of V, hence the second centring.
+    Any remainder of that sum would be multiplied by the large common part of V, hence the second centring.
     """
     grad_logits = weights * (grad_weights - (weights * grad_weights).sum(1, keepdim=True))
     return grad_logits - weights * grad_logits.sum(1, keepdim=True)
@@ -317,8 +318,8 @@ def _unfold(grad_key: Tensor, query: Tensor, wk: Tensor) -> tuple[Tensor, Tensor
     return grad_query, grad_wk
 
 
-# The products below are thin (one or a few columns). With one head they are written as sums of products: as fast as a
-# matrix product here, and out of reach of the reduced precision that matrix products may be set to.
+# The products below are thin (one or a few columns). With one head they are written as sums of products, which are as
+# fast as a matrix product here and unaffected by the reduced precision that matrix products may be set to.
 
 
 def _logits(values: Tensor, key: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The names that code written for DINO imports from its `utils`, re-exported from where they live here."""
+"""The names that code written for DINO imports from its `utils`, re-exported from the modules that define them."""
 
 from __future__ import annotations
 

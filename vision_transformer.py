@@ -2,16 +2,17 @@
 
 Follows "An Image is Worth 16x16 Words" as DINO builds it (pre-norm blocks, LayerNorm eps 1e-6), with the parameter
 names of its checkpoints and the methods that its scripts call. SimPool mode has no [CLS] token: SimPool pools the
-tokens of the last block, and the final norm follows.
+tokens of the last block, and the final norm follows. That norm removes SimPool's scalar beta, which therefore has no
+effect here; the parameter is kept because the published checkpoints contain it.
 
 Departures from the published code, and why:
 - Position embeddings in SimPool mode are left untouched at the native size and resized to the exact grid elsewhere
   (`pos_embed_policy="exact"`). The published code resamples them by (g + 0.1) / g even at the native size;
   `"reference"` does so too, for the weights that were trained with it. Official mode is DINO's: untouched at the
   native size, (g + 0.1) / g elsewhere.
-- gamma reaches the model that is built with it (published: every teacher has 1.25).
-- Any image size divisible by the patch size is taken, and another is an error instead of a silent cut.
-- Attention is computed by the kernel that is fastest on the device; `attend` is where that is decided.
+- The gamma that a model is given is the one it uses (published: every teacher has 1.25).
+- Any image size divisible by the patch size is accepted; any other raises an error instead of being cut silently.
+- Attention uses the kernel that is fastest on the device; `attend` chooses it.
 
 Shape letters: B batch, H, W image size, h, w grid of patches (h = H / patch_size), N = h w patches,
 T tokens (N, or N + 1 with [CLS]), D width.
@@ -49,11 +50,11 @@ __all__ = [
 
 MODES = ("official", "simpool")
 POS_EMBED_POLICIES = ("exact", "reference")
-CPU_FUSED_FROM = 512  # tokens from which inference on CPU uses the fused attention kernel
+CPU_FUSED_FROM = 512  # smallest number of tokens for which inference on CPU uses the fused attention kernel
 
 
 def drop_path(x: Tensor, drop_prob: float = 0.0, training: bool = False) -> Tensor:
-    """Stochastic depth: sets a residual branch to zero for some images, scaling the others up to keep the mean."""
+    """Stochastic depth: zero the residual branch of random images, and scale the others up to keep the mean."""
     if drop_prob == 0.0 or not training:
         return x
     keep = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1 - drop_prob)
@@ -101,9 +102,10 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax attention over (B, heads, T, d): the result, and the attention (B, heads, T, T) or None.
 
-    The one place that chooses the kernel. With an accelerator torch's fused one. On CPU the explicit softmax: with
-    gradients it is as fast in float32 at crop sizes and 1.5 to 6 times as fast in bfloat16; for long sequences without
-    gradients the fused one is faster there, and leaner. Explicit wherever the attention itself is wanted.
+    The one place that chooses the kernel: torch's fused one on accelerators, the explicit softmax on CPU. There, with
+    gradients, the softmax is as fast in float32 at crop sizes and 1.5 to 6 times as fast in bfloat16; without gradients
+    the fused kernel is faster for long sequences and needs less memory. If the attention itself is needed, the softmax
+    is always explicit.
     """
     long_inference = query.shape[-2] >= CPU_FUSED_FROM and not torch.is_grad_enabled()
     if not need_attention and (query.device.type != "cpu" or long_inference):
@@ -127,7 +129,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         if dim % num_heads:
-            raise ValueError(f"width {dim} is not divisible into {num_heads} heads; choose embed_dim and num_heads so")
+            raise ValueError(f"width {dim} is not divisible into {num_heads} heads; change embed_dim or num_heads")
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5 if qk_scale is None else qk_scale
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
@@ -136,7 +138,7 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, need_attention: bool = True) -> tuple[Tensor, Tensor | None]:
-        """(B, T, D) -> (B, T, D) and the attention (B, heads, T, T), which may be None where it is not needed."""
+        """(B, T, D) -> (B, T, D) and the attention (B, heads, T, T), which may be None if it is not needed."""
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, d)
@@ -146,7 +148,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; with return_attention it gives the attention (B, heads, T, T) instead of tokens."""
+    """Pre-norm transformer block; with return_attention it returns the attention (B, heads, T, T), not the tokens."""
 
     def __init__(
         self,
@@ -200,7 +202,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """(h, w) of an image, or a ValueError where the patches don't fill it."""
+        """(h, w) of an image. Raises ValueError if its size is not divisible by the patch size."""
         size = self.patch_size
         if height < size or width < size or height % size or width % size:
             near = tuple(max(size, round(side / size) * size) for side in (height, width))
@@ -216,7 +218,7 @@ class PatchEmbed(nn.Module):
 
 
 def _resample(maps: Tensor, size: tuple[int, int], scale: tuple[float, float] | None) -> Tensor:
-    """Bicubic resampling of maps (B, C, h, w) to `size`, at source positions that follow `scale` if it is given."""
+    """Bicubic resampling of maps (B, C, h, w) to `size`; `scale`, if given, sets the source positions."""
     if not _lacks_backward(maps.device):
         if scale is None:
             return F.interpolate(maps, size=size, mode="bicubic")
@@ -229,13 +231,13 @@ def _resample(maps: Tensor, size: tuple[int, int], scale: tuple[float, float] | 
 
 
 def _lacks_backward(device: torch.device) -> bool:
-    """Whether bicubic interpolation is refused there: on CUDA it has no deterministic backward."""
+    """Whether bicubic interpolation fails on this device: on CUDA it has no deterministic backward."""
     return device.type == "cuda" and torch.are_deterministic_algorithms_enabled()
 
 
 @functools.cache
 def _bicubic_matrix(before: int, after: int, scale: float | None) -> Tensor:
-    """The matrix (after, before) by which torch resamples one axis, read off its own interpolation of unit vectors."""
+    """The matrix (after, before) with which torch resamples one axis, obtained by interpolating unit vectors."""
     units = torch.eye(before).view(1, before, before, 1)  # unit vector c lies along the rows of channel c
     if scale is None:
         return F.interpolate(units, size=(after, 1), mode="bicubic")[0, :, :, 0].T
@@ -243,19 +245,20 @@ def _bicubic_matrix(before: int, after: int, scale: float | None) -> Tensor:
 
 
 class VisionTransformer(nn.Module):
-    """Vision transformer that returns features (B, D), or logits where num_classes > 0.
+    """Vision transformer that returns features (B, D), or logits if num_classes > 0.
 
     Args:
         mode: "official" ([CLS] token, as DINO's) or "simpool".
         gamma: SimPool's exponent, or None; not used in official mode.
-        img_size: native size in pixels: a number, [size] or (height, width). Other sizes are taken in forward.
+        img_size: native size in pixels: a number, [size] or (height, width). forward accepts other sizes too.
         patch_size: side of the square patches in pixels.
         drop_path_rate: stochastic depth of the last block; earlier ones have proportionally less.
         pos_embed_policy: "exact" or "reference" (module docstring); concerns SimPool mode only.
         value_min: SimPool's minimum, "image" or "batch".
 
     Raises:
-        ValueError: for an unknown mode or policy, sizes that the patches don't fill, heads that don't divide the width.
+        ValueError: for an unknown mode or policy, a size not divisible by the patch size, or a width not divisible by
+            the number of heads.
     """
 
     def __init__(
@@ -332,14 +335,14 @@ class VisionTransformer(nn.Module):
         patches = self.pos_embed[:, self.num_prefix_tokens :].float().unflatten(1, native).permute(0, 3, 1, 2)
         scale = None
         if not (self.mode == "simpool" and self.pos_embed_policy == "exact"):
-            # DINO's: the 0.1 guards against a grid that comes out one too small
+            # as DINO does: the 0.1 prevents rounding from making the grid one too small
             scale = tuple((side + 0.1) / own for side, own in zip(grid, native, strict=True))
         patches = _resample(patches, grid, scale)
         patches = patches.permute(0, 2, 3, 1).flatten(1, 2).to(prefix.dtype)
         return torch.cat((prefix, patches), dim=1)
 
     def prepare_tokens(self, x: Tensor) -> Tensor:
-        """The first block's input (B, T, D) of images (B, C, H, W)."""
+        """Images (B, C, H, W) -> the first block's input (B, T, D)."""
         height, width = x.shape[-2:]
         x = self.patch_embed(x)
         if self.mode == "official":
@@ -384,7 +387,7 @@ class VisionTransformer(nn.Module):
         return outputs
 
     def get_attention_map(self, x: Tensor) -> Tensor:
-        """What the pooling looks at, (B, heads, h, w): SimPool's map (one head), or the [CLS] row of the last block."""
+        """The pooling's attention (B, heads, h, w): SimPool's map (one head), or the [CLS] row of the last block."""
         grid = self.patch_embed.grid(*x.shape[-2:])
         if self.mode == "simpool":
             _, attention = self.simpool(self.forward_features(x), return_attention=True)  # (B, 1, N)
@@ -406,15 +409,15 @@ def _vit(preset: dict, mode: str, patch_size: int, kwargs: dict) -> VisionTransf
 
 
 def vit_tiny(mode: str = "official", patch_size: int = 16, **kwargs) -> VisionTransformer:
-    """Width 192, 3 heads, 12 blocks; keywords as VisionTransformer's, which override the preset."""
+    """Width 192, 3 heads, 12 blocks; takes VisionTransformer's keywords, which override the preset."""
     return _vit({"embed_dim": 192, "num_heads": 3}, mode, patch_size, kwargs)
 
 
 def vit_small(mode: str = "official", patch_size: int = 16, **kwargs) -> VisionTransformer:
-    """Width 384, 6 heads, 12 blocks; keywords as VisionTransformer's, which override the preset."""
+    """Width 384, 6 heads, 12 blocks; takes VisionTransformer's keywords, which override the preset."""
     return _vit({"embed_dim": 384, "num_heads": 6}, mode, patch_size, kwargs)
 
 
 def vit_base(mode: str = "official", patch_size: int = 16, **kwargs) -> VisionTransformer:
-    """Width 768, 12 heads, 12 blocks; keywords as VisionTransformer's, which override the preset."""
+    """Width 768, 12 heads, 12 blocks; takes VisionTransformer's keywords, which override the preset."""
     return _vit({"embed_dim": 768, "num_heads": 12}, mode, patch_size, kwargs)

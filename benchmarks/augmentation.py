@@ -1,11 +1,11 @@
-"""Multi-crop augmentation, the published pipeline against ours, on one core.
+"""Multi-crop augmentation on one core: the published pipeline compared with ours.
 
-    python -m benchmarks.augmentation --data_path ../shared/data/imagenet_sample [--images 64] [--rounds 5]
+    python -m benchmarks.augmentation --data_path FOLDER [--images 64] [--rounds 5]
 
-Both start from the bytes of the files. The published pipeline, written anew from its description: Pillow decodes, and
-torchvision's transforms run one after the other on every crop. Ours: the worker stage (decode once, cut uint8 crops),
-and the colour stage over the batch. The two sides run in turn; printed are the medians over the rounds. Time is the
-process's own on its core (CPU time), so that other work on the machine counts for neither side.
+Both start from the bytes of the files. The published pipeline is written here from its description: Pillow decodes, and
+torchvision's transforms run one after the other on every crop. Ours has a worker stage (decode once, cut uint8 crops)
+and a colour stage over the batch. The two sides run in turn, and the medians over the rounds are printed. Times are CPU
+time of the process, so that other work on the machine counts for neither side.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class PublishedAugmentation:
 
 
 def published_batch(files: list[Path], augment: PublishedAugmentation) -> list[torch.Tensor]:
-    """What the published loader does for one batch: read, decode, augment, stack by crop."""
+    """The published loader's work for one batch: read, decode, augment, stack by crop."""
     from PIL import Image
 
     samples = []
@@ -73,7 +73,7 @@ def seconds(function, *args) -> tuple[float, object]:
 
 
 def measure(data_path: str, spec: CropSpec, images: int, batch: int, rounds: int) -> dict[str, float]:
-    """Milliseconds per image of each side, medians over the rounds; and the ratios, medians of each round's ratio."""
+    """Median milliseconds per image of each side over the rounds, and the medians of each round's ratios."""
     source = open_images(data_path)
     images = min(images, len(source)) // batch * batch
     ours, colour, published = TrainSet(source, spec, seed=0), ColourStage(spec), PublishedAugmentation(spec)

@@ -1,10 +1,10 @@
-"""The training step with the backbones compiled and without.
+"""The training step with and without compiled backbones.
 
     python -m benchmarks.compile_step [--arch vit_tiny] [--amp none] [--rounds 5]
 
-Both sides are main_dino.train_step on the same crops (2 x 224 + 6 x 96), once with --compile true, run in turn. Printed
-are median milliseconds, the ratio, what the first steps took, which hold the compilation, how many steps make up
-for it, and the largest relative difference of the first losses.
+Both sides are main_dino.train_step on the same crops (2 x 224 + 6 x 96), one with --compile true, run in turn. Prints
+median milliseconds, the ratio, the time of the first steps (which include the compilation), the number of steps after
+which that is paid back, and the largest relative difference between the first losses.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from runtime.terminal import say
 
 
 def compare(flags: list[str], device: torch.device, rounds: int) -> tuple[dict[str, float], dict[str, float], float]:
-    """Seconds of a step of each side, of its first steps, and the difference of the losses of those."""
+    """Each side's seconds per step and for its first steps, and the largest difference between the latter's losses."""
     steps, first, losses = {}, {}, {}
     for name in ("eager", "compiled"):
         run, batch = build([*flags, "--compile", str(name == "compiled")], device)

@@ -1,9 +1,9 @@
-"""Loading images for evaluation, torchvision's usual way against ours, on one core.
+"""Loading images for evaluation on one core: torchvision compared with our loader.
 
-    python -m benchmarks.eval_loading --data_path ../shared/data/imagenet_sample [--rounds 5]
+    python -m benchmarks.eval_loading --data_path FOLDER [--rounds 5]
 
 Both start from the files and end with normalised float batches: Resize(256, bicubic), CenterCrop(224). The usual way is
-Pillow, torchvision's transforms, and stacking; ours the evaluation loader and `normalize`. The sides run in turn.
+Pillow, torchvision's transforms and stacking; ours is the evaluation loader and `normalize`. The sides run in turn.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def usual_batch(source: ImageSource, indices: list[int], transform) -> torch.Ten
 
 
 def usual_transform(img_size: int, resize: int):
-    """Resize, central crop, to tensor, normalise, as evaluation scripts have them."""
+    """Resize, central crop, to tensor, normalise, as evaluation scripts usually do."""
     from torchvision import transforms as T
 
     steps = [T.Resize(resize, interpolation=T.InterpolationMode.BICUBIC), T.CenterCrop(img_size), T.ToTensor()]
@@ -44,7 +44,7 @@ def usual_transform(img_size: int, resize: int):
 
 
 def measure(source: ImageSource, img_size: int, resize: int, images: int, batch: int, rounds: int):
-    """Images per second of the usual way and of ours, and the ratio: medians over the rounds."""
+    """Images per second of the usual way and of ours, and their ratio; medians over the rounds."""
     transform, ours = usual_transform(img_size, resize), EvalSet(source, img_size, resize)
     batches = [list(range(i, min(i + batch, images))) for i in range(0, images, batch)]
     rows = []

@@ -1,14 +1,14 @@
-"""Memory that loader workers take for a list of a million files, Python lists against flat arrays.
+"""Memory that loader workers need for a list of a million files: Python lists compared with flat arrays.
 
     python -m benchmarks.file_list_memory [--entries 1280000] [--workers 64]
     python -m benchmarks.file_list_memory --data_path FOLDER [--start_method fork|forkserver|spawn] [--workers 64]
 
 Workers are forked, as torch's are on Linux, and each reads every name in random order, as it does over many epochs: a
-list of strings is copied page by page as its reference counts change. Printed is the memory that all processes
-together hold (proportional set size), above an empty fork.
+list of strings is copied page by page as its reference counts change. It prints the memory (proportional set size) of
+all processes together, beyond that of empty workers.
 
-With --data_path the workers are those of a real training loader over a real folder; printed is what they and their
-parent hold, and how much of it is there because the list is long: the rest is the same loader over 2,000 of the files.
+With --data_path the workers are those of a real training loader over a real folder. It prints the memory that they and
+their parent hold, and how much of it is due to the list's length, by comparison with the same loader over 2,000 files.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from runtime.terminal import say
 
 
 def names(entries: int) -> list[str]:
-    """Names as ImageNet's: 1,000 class folders."""
+    """Names like ImageNet's, in 1,000 class folders."""
     return [f"n{i // 1281 * 7919:08d}/n{i // 1281 * 7919:08d}_{i}.JPEG" for i in range(entries)]
 
 
 def own_memory(pid: int | str = "self") -> int:
-    """Bytes that this process holds, shared pages divided among those that share them."""
+    """Bytes that this process holds; shared pages are divided among the processes that share them."""
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) * 1024
@@ -54,9 +54,9 @@ def total_memory(sequence, workers: int) -> int:
         if pid == 0:
             length = sum(len(sequence[int(i)]) for i in order)
             os.write(to_parent[1], b"r" if length >= 0 else b"?")
-            os.read(to_child[0], 1)  # measure when every worker has read
+            os.read(to_child[0], 1)  # measure once every worker has read
             os.write(to_parent[1], own_memory().to_bytes(8, "little"))
-            os.read(to_child[0], 1)  # and leave when every worker has measured
+            os.read(to_child[0], 1)  # and exit once every worker has measured
             os._exit(0)
         os.read(to_parent[0], 1)
         children.append((pid, to_parent, to_child))
@@ -72,7 +72,7 @@ def total_memory(sequence, workers: int) -> int:
 
 
 def loader_memory(source: ImageSource, workers: int) -> int:
-    """Memory of this process and its loader workers, after each worker has made two batches."""
+    """Memory of this process and its loader workers after each worker has made two batches."""
     sampler = TrainSampler(len(source), 2)
     loader = build_train_loader(source, CropSpec(16, local_number=0), sampler, workers, prefetch_factor=1)
     batches = iter(loader)
@@ -80,12 +80,12 @@ def loader_memory(source: ImageSource, workers: int) -> int:
         next(batches)
     children = [child.pid for child in torch.multiprocessing.active_children()]
     if len(children) != workers:
-        raise RuntimeError(f"{len(children)} workers run in place of {workers}")
+        raise RuntimeError(f"{len(children)} workers are running instead of {workers}")
     return own_memory() + sum(own_memory(pid) for pid in children)
 
 
 def measure_loader(data_path: str, workers: int, start_method: str) -> None:
-    """Print what the workers of a real loader hold, over the whole folder and over a short list of its files."""
+    """Print the memory of a real loader's workers, for the whole folder and for a short list of its files."""
     torch.multiprocessing.set_start_method(start_method)
     began = time.perf_counter()
     source = open_images(data_path)

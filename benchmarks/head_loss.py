@@ -1,11 +1,11 @@
-"""The head's last layer and DINO's loss, forward and backward: plain, as trained by default, and fused.
+"""The head's last layer and DINO's loss, forward and backward: plain, as in training, and fused.
 
     python -m benchmarks.head_loss [--batch_size 64] [--crops 8 10] [--out_dim 65536] [--rounds 5]
 
 plain: normalised weight, logits, one log-softmax per pair of views. DINOLoss: one per view. in place: the gradient
-written over the logits. fused: chunk by chunk from the head's bottleneck, logits computed twice; fused, logits kept:
-computed once. Printed are peak memory beyond the inputs (with the gradients, which all sides hold), median
-milliseconds of the sides run in turn, both as ratios to plain, and the largest relative error.
+overwrites the logits. fused: chunk by chunk from the head's bottleneck, computing the logits twice; fused, logits kept:
+computing them once. Prints the peak memory beyond the inputs (including the gradients, which all sides hold), median
+milliseconds of the sides run in turn, both also as ratios to plain, and the largest relative error.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TEACHER_TEMP, STUDENT_TEMP = 0.04, 0.1
 
 
 def plain_loss(student: Tensor, teacher: Tensor, center: Tensor, crops: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, entropy and KL as they are written, one log-softmax per pair of views; and the sum for the center."""
+    """Loss, entropy and KL by their definitions, with one log-softmax per pair of views; and the center's sum."""
     targets = ((teacher - center) / TEACHER_TEMP).softmax(dim=-1).chunk(2)
     losses, entropies = [], []
     for i, q in enumerate(targets):
@@ -89,7 +89,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--crops", type=int, nargs="+", default=[8, 10], help="views per image, the global ones included"
     )
     parser.add_argument("--out_dim", type=int, default=65536, help="prototypes")
-    parser.add_argument("--bottleneck_dim", type=int, default=256, help="width of what the prototypes see")
+    parser.add_argument("--bottleneck_dim", type=int, default=256, help="width of the prototypes' input")
     parser.add_argument("--rounds", type=int, default=5, help="rounds, each running all sides in turn")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument("--matmul_precision", default="highest", choices=["highest", "high", "medium"])

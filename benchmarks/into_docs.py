@@ -1,4 +1,4 @@
-"""Put a file of measured tables into a document, between its two markers (at its end where it has none).
+"""Put a file of measured tables into a document, between its two markers (at its end if it has none).
 
 python -m benchmarks.into_docs TABLES.md docs/performance.md
 """
@@ -21,7 +21,7 @@ BEGIN, END = "<!-- benchmarks/run_all.sh: begin -->", "<!-- benchmarks/run_all.s
 
 
 def replace_between_markers(document: str, text: str) -> str:
-    """The document with `text` in place of what is between the markers. Raises InputError for one without the other."""
+    """The document with `text` between its markers. Raises InputError if it has only one of them."""
     section = f"{BEGIN}\n{text.strip()}\n{END}"
     if BEGIN not in document and END not in document:
         return f"{document.rstrip()}\n\n{section}\n"
@@ -33,7 +33,7 @@ def replace_between_markers(document: str, text: str) -> str:
 
 
 def machine() -> str:
-    """What the figures were measured on, and how busy it was."""
+    """The machine that the figures were measured on, and its load."""
     name = next((x.split(":")[1].strip() for x in _lines("/proc/cpuinfo") if x.startswith("model name")), "unknown CPU")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{name}, {os.cpu_count()} cores"
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
@@ -49,8 +49,8 @@ def _lines(path: str) -> list[str]:
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("benchmarks.into_docs", add_help=False)
-    parser.add_argument("tables", type=Path, help="what to put in")
-    parser.add_argument("document", type=Path, help="where")
+    parser.add_argument("tables", type=Path, help="file with the tables")
+    parser.add_argument("document", type=Path, help="document to put them into")
     return parser
 
 

@@ -1,11 +1,11 @@
-"""Weighted k-NN beside the published algorithm: time, agreement and memory.
+"""Weighted k-NN compared with the published algorithm: time, agreement and memory.
 
     python -m benchmarks.knn                 50k x 10k x 384, 1000 classes: two and four values of k
-    python -m benchmarks.knn --large         a tenth of 1.28M x 50k x 2048, and what the whole needs
+    python -m benchmarks.knn --large         a tenth of 1.28M x 50k x 2048, and the memory for the whole
 
-The published algorithm takes one k at a time, the queries in a hundred chunks, and sums votes over a one-hot array of
-(queries, k, classes); it is written here plainly from its description. Both sides multiply in float32 proper: whether
-the faster library setting is that exact depends on the processor (see evaluation/knn.py), and the line says which ran.
+The published algorithm takes one k at a time and the queries in a hundred chunks, and sums votes over a one-hot array
+of (queries, k, classes); it is written here plainly from its description. Both sides multiply in true float32. Whether
+the faster library setting is that exact depends on the processor (see evaluation/knn.py); the output names the setting.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def features(n: int, q: int, width: int, classes: int, dtype: torch.dtype = torc
 
 
 class Comparison(NamedTuple):
-    """Some values of k: seconds of both sides, and the largest difference of an accuracy in points."""
+    """For some values of k: seconds of both sides, and the largest difference between accuracies, in points."""
 
     ks: list[int]
     seconds: dict[str, float]
@@ -87,7 +87,7 @@ def compare(images: int, queries: int, width: int, classes: int, rounds: int) ->
 
 
 def large(part: int) -> None:
-    """Memory at `1 / part` of ImageNet with a ResNet-50's width, features stored in fp16; the whole by count."""
+    """Memory for `1 / part` of ImageNet at a ResNet-50's width, with features in fp16; for the whole, calculated."""
     n, q, width, k = 1_281_167, 50_000, 2048, 200
     data = features(n // part, q // part, width, 1000, torch.float16)
     began = time.perf_counter()
@@ -112,11 +112,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("benchmarks.knn", add_help=False)
     parser.add_argument("--images", type=int, default=50_000, help="training images")
     parser.add_argument("--queries", type=int, default=10_000, help="images to classify")
-    parser.add_argument("--width", type=int, default=384, help="of the features")
+    parser.add_argument("--width", type=int, default=384, help="width of the features")
     parser.add_argument("--classes", type=int, default=1000, help="classes")
     parser.add_argument("--rounds", type=int, default=3, help="rounds, each running both sides in turn")
-    parser.add_argument("--large", action="store_true", help="memory at a part of ImageNet x 2048 instead")
-    parser.add_argument("--part", type=int, default=10, help="of --large: one part in this many, of both sets")
+    parser.add_argument("--large", action="store_true", help="measure memory on a part of ImageNet x 2048 instead")
+    parser.add_argument("--part", type=int, default=10, help="for --large: use one part in this many of both sets")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""What more heads cost a linear probe: steps of one head beside steps of many, backbone included.
+"""The cost of more heads in a linear probe: steps with one head and with many, backbone included.
 
 python -m benchmarks.linear_probe                       ViT-S/16 at 224 pixels, 1000 classes, batch 64
 python -m benchmarks.linear_probe --arch resnet50 --heads 1 10 50
@@ -24,7 +24,7 @@ from runtime.terminal import say
 
 
 class Seconds(NamedTuple):
-    """Of a step with so many heads: all of it, and the heads' part."""
+    """Seconds of a step with a number of heads: the whole, and the heads' part."""
 
     whole: float
     heads: float
@@ -33,7 +33,7 @@ class Seconds(NamedTuple):
 def compare(
     model: nn.Module, images: Tensor, target: Tensor, classes: int, heads: list[int], rounds: int
 ) -> dict[int, Seconds]:
-    """Steps of probes with 1, 10, ... `heads` in turn, on uint8 `images` (B, 3, H, W) of the model's device."""
+    """Steps of probes with 1, 10, ... `heads` in turn, on uint8 `images` (B, 3, H, W) on the model's device."""
     forms = default_forms(model)
 
     @torch.no_grad()

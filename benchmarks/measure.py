@@ -1,4 +1,4 @@
-"""What every benchmark of the step needs: both sides timed in turn, peak memory, and the line that compares them."""
+"""Helpers of the benchmarks: timing both sides in turn, peak memory, and relative errors."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from multiprocessing.connection import Connection
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces every start and stop on stderr otherwise
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler announces every start and stop on stderr
 
 
 def timed_in_turn(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each side; a round runs every side once, and the first, uncounted, warms them up."""
+    """Median seconds of each side. A round runs every side once; the first one warms them up and is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds + 1):
         for name, run in sides.items():
@@ -31,9 +31,9 @@ def timed_in_turn(sides: Mapping[str, Callable[[], object]], rounds: int) -> dic
 
 @contextlib.contextmanager
 def run_apart(make: Callable[..., Callable[..., object]], *args: object) -> Iterator[Callable[..., None]]:
-    """A side in a process of its own: `run(...)` here is `make(*args)(...)` there, which has settings of its own.
+    """A side in a separate process with its own settings: `run(...)` here calls `make(*args)(...)` there.
 
-    It takes its turns as any other side, and waits between them. EOFError where it died; its traceback is printed.
+    It takes its turns like any other side, waiting in between. Raises EOFError if it died; its traceback is printed.
     """
     context = torch.multiprocessing.get_context("spawn")
     here, there = context.Pipe()
@@ -56,7 +56,7 @@ def run_apart(make: Callable[..., Callable[..., object]], *args: object) -> Iter
 def _serve(pipe: Connection, make: Callable[..., Callable[..., object]], args: tuple[object, ...]) -> None:
     run = make(*args)
     pipe.send("ready")
-    with contextlib.suppress(EOFError):  # nobody asks any more
+    with contextlib.suppress(EOFError):  # the parent is done
         while True:
             run(*pipe.recv())
             synchronize()
@@ -64,13 +64,13 @@ def _serve(pipe: Connection, make: Callable[..., Callable[..., object]], args: t
 
 
 def synchronize() -> None:
-    """Wait for the accelerator where there is one."""
+    """Wait for the accelerator, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """Largest amount of tensor memory that run() holds at once beyond what was there before."""
+    """The peak of tensor memory during run(), beyond what was allocated before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -87,5 +87,5 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Norm of the difference over the norm of what is expected."""
+    """Norm of the difference, divided by the norm of the expected tensor."""
     return ((actual - expected).norm() / expected.norm()).item()

@@ -1,12 +1,12 @@
-"""Clipping, optimizer and teacher's average, as in the training step and as loops over parameters.
+"""Clipping, optimizer and the teacher's average: as in the training step, and as loops over parameters.
 
     python -m benchmarks.optimizer [--arch vit_small] [--optimizer adamw] [--clip 3] [--rounds 15]
 
-Plain: a loop for clipping per parameter, the optimizer unfused, a loop for the average. Ours: the same three phases of
-main_dino.train_step, with the flag of a refused step (false) handed to optimizer and average. Both start from the same
-weights and gradients. Printed are median milliseconds of each phase and of all, sides run in turn, the ratios, and
-the largest relative difference of student and teacher after as many steps on both sides. On a CPU plain runs twice: in
-the same process, so with the program's settings of the allocator, and in one of its own with the system's, as published
+Plain: a loop for clipping per parameter, the optimizer unfused, a loop for the average. Ours: the same three phases as
+in main_dino.train_step, with the flag of a refused step (false) passed to optimizer and average. Both start from the
+same weights and gradients, and run in turn. Prints median milliseconds of each phase and of all, the ratios, and the
+largest relative difference between the sides' students and teachers after equally many steps. On a CPU plain runs
+twice: in the same process, with the program's allocator settings, and in a separate one with the system's, as published
 code does.
 """
 
@@ -42,7 +42,7 @@ MOMENTUM, LR, WEIGHT_DECAY = 0.996, 1e-4, 0.04
 
 
 class Side:
-    """One side's models, optimizer and the phases of an update as functions without arguments."""
+    """One side's models and optimizer, and the phases of an update as functions without arguments."""
 
     def __init__(self, model: nn.Module, optimizer: str, clip: float, ours: bool) -> None:
         self.student, self.teacher = copy.deepcopy(model), copy.deepcopy(model)
@@ -71,18 +71,18 @@ class Side:
             }
 
     def run(self, phase: str) -> None:
-        """One phase, or all: a whole update."""
+        """Run one phase, or "all" of an update."""
         for name in PHASES if phase == "all" else [phase]:
             self.phases[name]()
 
     def weights(self) -> list[Tensor]:
-        """Of student and teacher, those that are not zero to the last."""
+        """The parameters of student and teacher, except those that stay zero."""
         both = [*self.student.parameters(), *self.teacher.parameters()]
         return [p.detach() for p in both if p.norm() > 0]
 
 
 def fill_gradients(parameters: list[nn.Parameter]) -> None:
-    """Gradients of norms from 0.1 to 10, the same at every call, so that some are clipped."""
+    """Set gradients with norms from 0.1 to 10, of which some are clipped; the same at every call."""
     generator = torch.Generator().manual_seed(1)
     for i, p in enumerate(parameters):
         gradient = torch.randn(p.shape, generator=generator)
@@ -90,12 +90,12 @@ def fill_gradients(parameters: list[nn.Parameter]) -> None:
 
 
 def plain_apart(model: nn.Module, optimizer: str, clip: float) -> Callable[[str], None]:
-    """The plain side's phases by name, for a process of its own, with the allocator as the system has set it."""
+    """The plain side's phases by name, for a separate process with the system's allocator settings."""
     return Side(model, optimizer, clip, ours=False).run
 
 
 def compare(model: nn.Module, optimizer: str, clip: float, rounds: int) -> tuple[dict[str, dict[str, float]], float]:
-    """Seconds by phase and side, and the largest relative difference between the sides' weights afterwards."""
+    """Seconds per phase and side, and the largest relative difference between the sides' weights afterwards."""
     sides = {"plain": Side(model, optimizer, clip, ours=False), "ours": Side(model, optimizer, clip, ours=True)}
     runs = {name: side.run for name, side in sides.items()}
     with contextlib.ExitStack() as stack:

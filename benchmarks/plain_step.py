@@ -1,9 +1,9 @@
-"""The training step as its formulas read, one operation after the other: the other side of the benchmarks.
+"""The training step written directly from its formulas, one operation after the other: the benchmarks' baseline.
 
 Explicit attention, a key for every position in SimPool, one log-softmax per pair of views, Python loops over parameters
 for clipping, average and LARS, AdamW unfused, float32 at torch's default precision, default memory layout. Single
-process. It shares no computing code with the training step but the layers of torch, and starts from copies of a run's
-weights. Each part can be exchanged for the training step's own (`PARTS`), to see what that one brings.
+process. It shares no computing code with the training step except torch's layers, and starts from copies of a run's
+weights. Each part can be replaced by the training step's (`PARTS`), to see what that part gains.
 
 Shapes: B images, V views, K prototypes, T tokens, D width.
 """
@@ -45,7 +45,7 @@ class PlainAttention(nn.Module):
 
 
 class PlainPooling(PlainSimPool):
-    """The plain SimPool of the layer's benchmark, with beta where the layer has one."""
+    """The plain SimPool of the layer's benchmark, with beta if the layer has one."""
 
     def __init__(self, pool: SimPool) -> None:
         super().__init__(pool)
@@ -57,7 +57,7 @@ class PlainPooling(PlainSimPool):
 
 
 def make_plain(model: nn.Module, pooling: bool = True) -> nn.Module:
-    """A copy of a MultiCropWrapper that computes as its formulas read; names of parameters stay."""
+    """A copy of a MultiCropWrapper that computes directly from the formulas, with the same parameter names."""
     model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     backbone = model.backbone
     if pooling and isinstance(getattr(backbone, "simpool", None), SimPool):
@@ -83,7 +83,7 @@ def plain_loss(student: Tensor, teacher: Tensor, center: Tensor, temp: float, vi
 
 @torch.no_grad()
 def plain_clip(parameters: Iterable[nn.Parameter], clip: float) -> list[float]:
-    """Clip each parameter's gradient by its own norm; the norms before."""
+    """Clip each parameter's gradient by its own norm; returns the norms before clipping."""
     norms = []
     for parameter in parameters:
         if parameter.grad is None:
@@ -141,7 +141,7 @@ class PlainStep:
     """Steps on float crops, from copies of a student and a teacher.
 
     parts: those of PARTS that are taken from the training step.
-    precision: of float32 matrix products; it is process-wide, so every call sets it.
+    precision: of float32 matrix products; it is a process-wide setting, so every call sets it.
     """
 
     def __init__(self, run, parts: tuple[str, ...] = (), precision: str = "highest") -> None:
@@ -179,7 +179,7 @@ class PlainStep:
         return loss.item()
 
     def update(self, epoch: int, momentum: float) -> None:
-        """Clip, drop the prototypes' gradients where they are frozen, step, average."""
+        """Clip, drop the prototypes' gradients while they are frozen, step, average."""
         clip = self.run.args.clip_grad
         if "updates" in self.parts:
             clip_each_([p.grad for p in self.student.parameters() if p.grad is not None], clip)

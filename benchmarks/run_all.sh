@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Run every benchmark and write what they print into docs/performance.md, between its two markers.
 #   benchmarks/run_all.sh [--quick] [IMAGES]
-#     IMAGES   a folder of image files for the loading benchmarks; left out without it
+#     IMAGES   a folder of image files for the loading benchmarks, which are left out without it
 #     --quick  small sizes and one round, a few minutes: shows that all of them run; printed, not written
-# Tables are kept in build/benchmarks as they come. Interrupted, it writes those it has; started again on the same
-# commit it goes on with the rest. A benchmark that fails leaves its last line in place of a table, and code 1 at the end.
-# OMP_NUM_THREADS is respected: set it to 1 on a machine that does other work, where threads wait for each other.
-# About half an hour on 2 cores that do nothing else.
+# Finished tables are kept in build/benchmarks. If interrupted, it writes those it has; started again on the same
+# commit, it continues with the rest. A benchmark that fails leaves its last line in place of a table, and code 1 at the
+# end. Set OMP_NUM_THREADS to 1 on a machine that does other work, where threads would wait for each other.
+# Takes about half an hour on 2 otherwise idle cores.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../run_scripts/environment.sh"
 cd "$root"
@@ -33,7 +33,7 @@ section() { # title, flags of the quick form, module, flags...
     [ -s "$file" ] && return
     [ -n "$quick" ] && set -- "$@" $short
     echo "$title: python -m $*" >&2
-    "$PYTHON" -m "$@" >"$tables/printed" 2>"$tables/errors" & # in the background: a signal is met at once
+    "$PYTHON" -m "$@" >"$tables/printed" 2>"$tables/errors" & # in the background, so that a signal is handled at once
     child=$!
     if wait "$child"; then
         printed=$(cat "$tables/printed")
@@ -45,7 +45,7 @@ section() { # title, flags of the quick form, module, flags...
     fi
     {
         printf '\n### %s\n\n`python -m %s`\n\n' "$title" "$*"
-        if grep -q '^|' <<<"$printed"; then # a table stays one; lines after it become paragraphs
+        if grep -q '^|' <<<"$printed"; then # a table stays a table; lines after it become paragraphs
             sed -e '/^|/!s/^/\n/' <<<"$printed"
         else
             printf '```\n%s\n```\n' "$printed"
@@ -65,7 +65,7 @@ collect() {
         "$PYTHON" -m benchmarks.into_docs "$all" "$document"
     fi
     rm -f "$all"
-    find "$tables" -name '*.failed' -delete # tried again next time
+    find "$tables" -name '*.failed' -delete # to be tried again next time
 }
 trap collect EXIT
 trap 'kill "$child" 2>/dev/null; exit 130' INT TERM

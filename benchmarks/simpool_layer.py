@@ -1,9 +1,9 @@
-"""SimPool forward and backward: the formula one operation after the other, against sp.py.
+"""SimPool forward and backward: the formula, one operation after the other, compared with sp.py.
 
     python -m benchmarks.simpool_layer [--rounds 9] [--device auto] [--matmul_precision highest]
 
-At (64, 196, 384) tokens with gamma 1.25 and at (64, 2048, 7, 7) maps with gamma 2. Printed are median milliseconds of
-both sides, run in turn, the ratio, the largest relative error of the gradients, and the peak memory of one pass.
+For (64, 196, 384) tokens with gamma 1.25 and (64, 2048, 7, 7) maps with gamma 2. Prints median milliseconds of both
+sides, run in turn, the ratio, the largest relative error of the gradients, and the peak memory of one pass.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""How long main_dino.py takes to answer --help and to refuse a wrong flag, beside the import of torch alone.
+"""How long main_dino.py takes to answer --help and to refuse a wrong flag, compared with importing torch alone.
 
     python -m benchmarks.startup [--rounds 5]
 
-Each is a process of its own, in turn; medians in seconds. Files are read before, so the system's cache is warm.
+Each command is a separate process, run in turn; medians in seconds. A first round warms the system's file cache.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ COMMANDS = {
 
 
 def answer(name: str) -> str:
-    """Run one of COMMANDS; what it printed. Raises RuntimeError for an exit code that is not its own."""
+    """Run one of COMMANDS and return its output. Raises RuntimeError if its exit code is not the expected one."""
     flags, expected = COMMANDS[name]
     done = subprocess.run([sys.executable, *flags], cwd=ROOT, capture_output=True, text=True)
     if done.returncode != expected:

@@ -1,18 +1,18 @@
-"""The whole training step of main_dino.py against the same formulas written plainly.
+"""The whole training step of main_dino.py compared with the same formulas written plainly.
 
     python -m benchmarks.train_step --arch vit_small [--amp bf16] [--rounds 5]
     python -m benchmarks.train_step --arch resnet50 --out_dim 4096
     python -m benchmarks.train_step --arch vit_small --each true        each change alone, then all together
 
 Plain (benchmarks/plain_step.py) computes in float32 at the default matmul precision, whatever --amp says for ours. Both
-start from the same weights and take the same crops; the first steps, uncounted, must give the same losses. Printed
-are medians of all sides run in turn, the ratios, and apart from them the colour stage, which the published code leaves
-to its loader: its time and its share in a step of ours that includes it.
+start from the same weights and take the same crops; the first steps, which are not timed, must give the same losses. It
+prints the medians of all sides run in turn and their ratios. The colour stage, which the published code runs in its
+loader, is listed separately: its time, and its share of a step of ours that includes it.
 
-On a CPU plain runs twice: in the process of ours, so with the program's settings of the allocator, and in a process of
-its own with the system's, as published code does.
+On a CPU plain runs twice: in our process, with the program's allocator settings, and in a separate process with the
+system's, as published code does.
 
-Drop path is off, so that the sides can be compared; clipping is on (3.0), the prototypes train from the first step.
+Drop path is off, so that the sides can be compared; clipping is on (3.0), and the prototypes train from the first step.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from training.run import Run
 CHECKED_STEPS = 3
 APART = "plain, system's allocator"
 TOLERANCE = {"none": 1e-5, "bf16": 2e-2, "fp16": 1e-2}  # of the losses, relative
-# torch's BatchNorm on CPU adds up a channel in one float32 sum where channels come last: 3e-5 off in one layer of a
-# ResNet-50 (4e-8 where they come first), and 53 untrained layers amplify that.
+# In channels_last layout torch's BatchNorm on CPU adds a channel in a single float32 sum: 3e-5 off in one layer of a
+# ResNet-50 (4e-8 in the contiguous layout), and 53 untrained layers amplify that.
 TOLERANCE_CHANNELS_LAST = 1e-3
 
 
 class Result(NamedTuple):
-    """seconds: of each side; colour: seconds of the colour stage; error: of the first losses, relative, and the
-    tolerance for it; precision: of our float32 products."""
+    """seconds: of each side; colour: seconds of the colour stage; error: largest relative difference between the first
+    losses; tolerance: the largest allowed; precision: of our float32 products."""
 
     seconds: dict[str, float]
     colour: float
@@ -68,7 +68,7 @@ def build(flags: list[str], device: torch.device) -> tuple[Run, CropBatch]:
 
 
 class Coloured:
-    """Views whose colours are done."""
+    """Views whose colour stage has already run."""
 
     def __init__(self, crops: list[Tensor]) -> None:
         self._crops = crops
@@ -78,7 +78,7 @@ class Coloured:
 
 
 class OwnStep:
-    """main_dino.train_step on crops whose colours are done."""
+    """main_dino.train_step on crops whose colour stage has already run."""
 
     def __init__(self, run: Run, batch: CropBatch, crops: list[Tensor]) -> None:
         run.views = Coloured(crops)
@@ -90,7 +90,7 @@ class OwnStep:
 
 
 def plain_apart(flags: list[str], device: torch.device) -> Callable[[], Tensor]:
-    """A plain step for a process of its own, which leaves the allocator as the system has set it."""
+    """A plain step for a separate process, which keeps the system's allocator settings."""
     hardware.keep_freed_memory = lambda: False
     run, batch = build(flags, device)
     crops, side = run.views.on_device(batch), PlainStep(run)
@@ -98,7 +98,7 @@ def plain_apart(flags: list[str], device: torch.device) -> Callable[[], Tensor]:
 
 
 def compare(flags: list[str], device: torch.device, rounds: int, each: bool = False) -> Result:
-    """Times of plain, of plain with each part exchanged (where `each`), and of ours, which trains as `flags` say."""
+    """Times of plain, of plain with each part replaced (if `each`), and of ours, which trains as `flags` say."""
     run, batch = build(flags, device)
     colour = run.views.on_device
     crops = colour(batch)
@@ -126,14 +126,14 @@ def compare(flags: list[str], device: torch.device, rounds: int, each: bool = Fa
 
 
 def step_parser(name: str, arch: str, out_dim: int) -> argparse.ArgumentParser:
-    """The flags of a program that times main_dino.train_step, with its defaults."""
+    """The flags of a program that times main_dino.train_step."""
     parser = argparse.ArgumentParser(name, add_help=False)
     parser.add_argument("--arch", default=arch, help="as main_dino.py's")
     parser.add_argument("--mode", default="simpool", choices=["official", "simpool"], help="the pooling")
     parser.add_argument("--amp", default="none", choices=["none", "bf16", "fp16"], help="autocast of ours")
     parser.add_argument("--batch_size", type=int, default=4, help="images")
     parser.add_argument("--out_dim", type=int, default=out_dim, help="prototypes")
-    parser.add_argument("--local_crops_number", type=int, default=6, help="crops of 96 pixels beside 2 of 224")
+    parser.add_argument("--local_crops_number", type=int, default=6, help="crops of 96 pixels, in addition to 2 of 224")
     parser.add_argument("--rounds", type=int, default=5, help="rounds, each running all sides in turn")
     parser.add_argument("--matmul_precision", default="auto", help="of ours, as main_dino.py's")
     parser.add_argument("--data_path", default="demo", help="images, as main_dino.py's")
@@ -150,7 +150,7 @@ def run_flags(args: argparse.Namespace) -> list[str]:
 
 
 def exit_code(error: float, tolerance: float) -> int:
-    """1, with a line that says why, where two sides' losses differ by more than the tolerance; else 0."""
+    """1, with a line that says why, if two sides' losses differ by more than the tolerance; otherwise 0."""
     if error <= tolerance:
         return 0
     say(f"the losses differ by more than {tolerance:.0e}: the times above compare different things")
@@ -159,7 +159,7 @@ def exit_code(error: float, tolerance: float) -> int:
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = step_parser("benchmarks.train_step", arch="vit_small", out_dim=65536)
-    parser.add_argument("--each", type=bool_flag, default=False, help="each change alone as well")
+    parser.add_argument("--each", type=bool_flag, default=False, help="also time each change alone")
     return parser
 
 

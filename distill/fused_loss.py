@@ -1,19 +1,19 @@
-"""DINO's loss with its gradient computed beside it, chunk by chunk: the step's largest tensors never exist.
+"""DINO's loss and its gradient computed together, chunk by chunk, so that the step's largest tensors never exist.
 
-Two entry points beside DINOLoss, both pure functions of their inputs with the same mathematics (losses.py):
+Two alternatives to DINOLoss, both pure functions of their inputs with the same mathematics (losses.py):
 
-- `fused_dino_loss` takes what the prototypes see, and goes over the K prototypes in chunks, twice: once for the
-  log-sum-exp of every row, once for loss and gradients, with the logits of a chunk computed anew. It holds neither
-  the (V·B, K) logits nor the normalised weight; beside the weight's gradient it needs a few chunks.
-- `in_place_dino_loss` takes logits, goes over the images, a few at a time, and writes the gradient where they stood.
+- `fused_dino_loss` takes the inputs of the prototypes and goes over the K prototypes in chunks, twice: once for the
+  log-sum-exp of every row, and once for loss and gradients, recomputing each chunk's logits. It stores neither the
+  (V·B, K) logits nor the normalised weight; besides the weight's gradient it needs only a few chunks.
+- `in_place_dino_loss` takes logits, processes a few images at a time, and overwrites their logits with the gradient.
 
-Both read the teacher's output once for its normaliser and sum, and once for its probabilities. Everything but the
-matrix products is float32; these follow autocast.
+Both read the teacher's output once for its normaliser and sum, and once for its probabilities. Everything is computed
+in float32 except the matrix products, which follow autocast.
 
-Let S = s / T_s be the student's scaled logits and q the teacher's probabilities. A student view v meets the target
-Q_v: the other global view's q for v = 0, 1, and the mean of both for local views, which count twice. With the weight
-w_v = (1, 1, 2, 2 ...) and c = 1 / (2 (V - 1) B), the loss is -c sum_v w_v sum_rows Q_v · log p_v, and its gradient
-with respect to S is c w_v (p_v - Q_v).
+Let S = s / T_s be the student's scaled logits and q the teacher's probabilities. A student view v is compared with the
+target Q_v: the other global view's q for v = 0, 1, and the mean of both for local views, which count twice. With the
+weights w_v = (1, 1, 2, 2 ...) and c = 1 / (2 (V - 1) B), the loss is -c sum_v w_v sum_rows Q_v · log p_v, and its
+gradient with respect to S is c w_v (p_v - Q_v).
 
 Shape letters: B images, V views (2 global first), K prototypes, R = V·B rows, E width of the bottleneck,
 k prototypes of one chunk.
@@ -29,15 +29,15 @@ from torch.autograd.function import once_differentiable
 
 from distill.heads import WeightNormLinear
 
-# Elements of a chunk of logits and its weights: on CPU they stay in the second-level cache.
+# Elements of a chunk of logits and its weights, small enough on CPU to stay in the second-level cache.
 CHUNK_ELEMENTS = {"cpu": 1 << 20}
 CHUNK_ELEMENTS_DEFAULT = 1 << 26
-# Elements of the images' logits that are handled at a time where the gradient is written in place: on CPU an image's
-# rows stay in the cache; elsewhere a few kernels over many images cost less than many launches.
+# Elements of the logits that are processed at a time if the gradient is written in place: one image on CPU, whose rows
+# stay in the cache; many on other devices, where a few kernels over many images cost less than many launches.
 IMAGES_ELEMENTS = {"cpu": 1}
 IMAGES_ELEMENTS_DEFAULT = 1 << 24
-# What a gradient of p - Q, at most 2 with its weight, is multiplied by where it is kept in float16: probabilities of
-# 1e-5 would lose most of their digits as they are, and the loss's own factors would flush them to zero.
+# Gradients p - Q, at most 2 with their weight, are multiplied by this when stored in float16. Otherwise probabilities
+# of 1e-5 would lose most of their digits, and with the loss's own factors would be flushed to zero.
 HALF_UNIT = 2.0**14
 
 Terms = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -69,28 +69,28 @@ def fused_dino_loss(
 
     Args:
         student_bottleneck: (V·B, E), crop by crop, the two global crops first.
-        last_layer: the student's prototypes; weight_v and weight_g get gradients where they require them.
+        last_layer: the student's prototypes; weight_v and weight_g get gradients if they require them.
         teacher: logits (2·B, K), or the teacher's bottleneck (2·B, E) together with teacher_last_layer.
         center: (1, K).
         teacher_temp, student_temp: temperatures of the two softmaxes.
         ncrops: V.
         chunk: prototypes at a time; None chooses by device and number of rows.
-        keep_logits: hold the (V·B, K) logits between the two passes instead of computing them twice: three matrix
-            products instead of four, and that much more memory.
+        keep_logits: store the (V·B, K) logits between the two passes instead of computing them twice: three matrix
+            products instead of four, at the cost of that memory.
 
     Returns:
         loss (differentiable), entropy of the teacher, kl = loss - entropy, all 0-d and in nats; and the sum of the
         teacher's raw logits over its rows, (1, K), from which the center is updated.
 
     Raises:
-        ValueError: where the rows are not ncrops and 2 crops of one batch, or widths do not fit.
+        ValueError: if the rows are not ncrops and 2 crops of one batch, or the widths do not match.
     """
     _check_rows(len(student_bottleneck), len(teacher), ncrops)
     prototypes = last_layer.out_features
     if teacher_last_layer is None and teacher.shape[1] != prototypes:
         raise ValueError(
             f"the teacher's logits are {teacher.shape[1]} wide, the student has {prototypes} prototypes; "
-            "give teacher_last_layer where `teacher` is its bottleneck"
+            "give teacher_last_layer if `teacher` is the bottleneck"
         )
     device = student_bottleneck.device.type
     rows, width = student_bottleneck.shape
@@ -124,9 +124,9 @@ def in_place_dino_loss(
     student_temp: float,
     ncrops: int,
 ) -> Terms:
-    """DINO's loss from logits (V·B, K) and (2·B, K); arguments and results as fused_dino_loss.
+    """DINO's loss from logits (V·B, K) and (2·B, K); arguments and results as in fused_dino_loss.
 
-    Where a gradient is wanted, student_logits is overwritten by it: read it before, not after.
+    If a gradient is needed, it overwrites student_logits, which must not be read afterwards.
     """
     _check_rows(len(student_logits), len(teacher_logits), ncrops)
     wants_grad = torch.is_grad_enabled() and student_logits.requires_grad
@@ -246,7 +246,7 @@ class _InPlaceLoss(torch.autograd.Function):
             if settings.wants_grad:
                 student[:, part] = _surplus(log_p, targets).mul_(kept)
         ctx.grads = [student.flatten(0, 1) if settings.wants_grad else None]
-        ctx.unit = slope[0].squeeze() / HALF_UNIT if half else None  # what the kept gradients are multiples of
+        ctx.unit = slope[0].squeeze() / HALF_UNIT if half else None  # the unit of the stored gradients
         return _finish(ctx, loss, entropy / (2 * batch), teacher_sum)
 
     @staticmethod
@@ -256,7 +256,7 @@ class _InPlaceLoss(torch.autograd.Function):
 
 
 class _LogSumExp:
-    """log sum exp over the columns of a matrix that comes in chunks, for each row."""
+    """log sum exp of each row of a matrix whose columns arrive in chunks."""
 
     def __init__(self, rows: Tensor) -> None:
         self.highest = rows.new_full((len(rows), 1), -torch.inf)
@@ -278,7 +278,7 @@ def _finish(ctx, loss: Tensor, entropy: Tensor, teacher_sum: Tensor) -> Terms:
 
 
 def _scaled_grads(ctx, grad_loss: Tensor) -> list[Tensor | None]:
-    """The gradients, scaled in place: they are handed over, so a second backward has none."""
+    """The gradients, scaled in place and handed over, so a second backward is an error."""
     if ctx.grads is None:
         raise RuntimeError("this loss gives its gradients away in backward; compute it again instead of retaining it")
     grads, ctx.grads = ctx.grads, None
@@ -292,8 +292,8 @@ def _scaled_grads(ctx, grad_loss: Tensor) -> list[Tensor | None]:
 def _scaled_half(grad: Tensor, factor: Tensor) -> Tensor:
     """float16 gradients times a float32 factor, in place: multiplied in float32, a few rows at a time, then rounded.
 
-    The factor holds the loss scale, which float16 cannot (65536 is infinite), and the loss's own small factors, in
-    whose product with the gradient few digits are lost once the scale is in it.
+    The factor is the product of the loss scale, which float16 cannot represent (65536 is infinite), and the loss's own
+    small factors. With the scale included, rounding the gradient to float16 loses few digits.
     """
     rows = max(1, IMAGES_ELEMENTS_DEFAULT // grad.shape[1])
     for part in grad.split(rows):
@@ -319,7 +319,7 @@ def _log_softmax(x: Tensor) -> Tensor:
 
 
 def _targets(q: Tensor, views: int) -> tuple[Tensor, Tensor | None]:
-    """From q (2·b, k): the targets of the two global views, swapped (2, b, k), and of the local ones (b, k)."""
+    """From q (2·b, k), the targets of the two global views, swapped (2, b, k), and those of the local ones (b, k)."""
     first, second = q.chunk(2)
     return torch.stack((second, first)), (first + second).mul_(0.5) if views > 2 else None
 
@@ -351,14 +351,14 @@ def _norm(weight_v: Tensor) -> Tensor:
 
 
 def _through_norm(grad_weight: Tensor, weight_v: Tensor, weight_g: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-    """From the gradient of g v / |v| (k, E) to those of v, where a row's length has no effect, and of g (k, 1)."""
+    """From the gradient of g v / |v| (k, E) to those of v, whose row lengths have no effect, and of g (k, 1)."""
     unit = weight_v / norm
     grad_g = (grad_weight * unit).sum(1, keepdim=True)
     return grad_weight.addcmul_(unit, grad_g, value=-1).mul_(weight_g / norm), grad_g
 
 
 def _product(a: Tensor, b: Tensor, settings: _Settings) -> Tensor:
-    """a @ b in autocast's precision where there is one, the result in that of a."""
+    """a @ b in autocast's precision if autocast is on; the result has the dtype of a."""
     if settings.matmul_dtype is None:
         return a @ b
     return (a.to(settings.matmul_dtype) @ b.to(settings.matmul_dtype)).to(a.dtype)

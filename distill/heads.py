@@ -1,10 +1,10 @@
 """DINO's projection head: an MLP, L2 normalisation, and a weight-normalised layer of K prototypes.
 
 Follows "Emerging Properties in Self-Supervised Vision Transformers" (ICCV 2021), with the parameter names of its
-checkpoints: `mlp.*`, `last_layer.weight_g`, `last_layer.weight_v`. torch's own weight normalisation names the latter
-two otherwise, and the older one cannot be deep-copied, hence a layer of our own.
+checkpoints: `mlp.*`, `last_layer.weight_g`, `last_layer.weight_v`. torch's current weight normalisation names the last
+two differently, and its older one cannot be deep-copied, hence our own layer.
 
-The bottleneck is normalised in float32 under autocast too: float16 loses the small norms.
+The bottleneck is normalised in float32 under autocast too, because float16 loses small norms.
 
 Shape letters: N rows (views times images), K prototypes.
 """
@@ -24,7 +24,7 @@ class WeightNormLinear(nn.Module):
 
     Args:
         in_features, out_features: widths.
-        train_scale: whether the row norms weight_g (K, 1) are trained; they start, and otherwise stay, at 1.
+        train_scale: whether the row norms weight_g (K, 1) are trained; they start at 1, and stay there if not.
     """
 
     def __init__(self, in_features: int, out_features: int, train_scale: bool = False) -> None:
@@ -50,7 +50,7 @@ class WeightNormLinear(nn.Module):
 
 
 def _rename_parametrized(module, state_dict, prefix, *_) -> None:
-    """Checkpoints written with torch.nn.utils.parametrizations.weight_norm load as well."""
+    """Let checkpoints written with torch.nn.utils.parametrizations.weight_norm load too."""
     for new, old in (("original0", "weight_g"), ("original1", "weight_v")):
         key = f"{prefix}parametrizations.weight.{new}"
         if key in state_dict:
@@ -66,7 +66,7 @@ class DINOHead(nn.Module):
         use_bn: BatchNorm before each GELU.
         norm_last_layer: keep the prototypes at norm 1 (weight_g frozen).
         nlayers: linear layers of the MLP, at least 1.
-        hidden_dim, bottleneck_dim: widths inside the MLP, and of what the prototypes see.
+        hidden_dim, bottleneck_dim: widths inside the MLP, and of its output, which the prototypes take.
     """
 
     def __init__(
@@ -85,9 +85,9 @@ class DINOHead(nn.Module):
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim, train_scale=not norm_last_layer)
 
     def bottleneck(self, x: Tensor) -> Tensor:
-        """The prototypes' input: unit vectors (N, bottleneck_dim), float32 also under autocast."""
+        """The prototypes' input: unit vectors (N, bottleneck_dim), in float32 even under autocast."""
         x = self.mlp(x)
-        # Neither operation is one that autocast lowers again.
+        # Autocast lowers neither of these operations again.
         return F.normalize(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:

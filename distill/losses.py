@@ -2,11 +2,11 @@
 
 Shapes: B images, V student views (2 global first), K prototypes.
 
-For teacher views q_0, q_1 and student views p_0 .. p_{V-1} the mean over the 2 (V - 1) pairs (i, v != i) of the batch
-mean of -sum_k q_i log p_v. A student view v meets the sum Q_v of the teacher views other than itself, so one
-log-softmax and one product per view give the same number as one per pair. Beside the loss: the teacher's entropy over
-the same pairs, and KL = loss - entropy. Where a teacher probability underflows to 0 its term is 0 (the published code
-gives NaN there).
+For teacher views q_0, q_1 and student views p_0 .. p_{V-1} the loss is the mean over the 2 (V - 1) pairs (i, v != i) of
+the batch mean of -sum_k q_i log p_v. A student view v is compared with the sum Q_v of the teacher views other than
+itself, so one log-softmax and one product per view give the same number as one per pair. The teacher's entropy over the
+same pairs, and KL = loss - entropy, are computed too. If a teacher probability underflows to 0, its term is 0 (NaN in
+the published code).
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def cross_entropy_over_pairs(student_output: Tensor, targets: Tensor, student_te
 
 
 class DINOLoss(nn.Module):
-    """DINO's loss with its center, a buffer (1, K) that is part of the checkpoint as `dino_loss`.
+    """DINO's loss with its center, a buffer (1, K) saved in the checkpoint under `dino_loss`.
 
-    `forward` computes the terms and then updates the center, as DINO's does. The training step calls the parts, so
-    that it can refuse a non-finite step before the center changes.
+    `forward` computes the terms and then updates the center, as DINO's does. The training step calls the two parts
+    separately, so that it can refuse a non-finite step before the center changes.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class DINOLoss(nn.Module):
         )
 
     def teacher_temp(self, epoch: int) -> float:
-        """Teacher temperature of an epoch; the last one's for epochs beyond the schedule."""
+        """Teacher temperature of an epoch; that of the last epoch beyond the schedule's end."""
         return float(self.teacher_temp_schedule[min(epoch, len(self.teacher_temp_schedule) - 1)])
 
     def forward(self, student_output: Tensor, teacher_output: Tensor, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,7 +91,7 @@ class DINOLoss(nn.Module):
         return terms
 
     def terms(self, student_output: Tensor, teacher_output: Tensor, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, entropy, kl) with the present center, which stays as it is."""
+        """(loss, entropy, kl) with the current center, which is not updated."""
         batch, rest = divmod(len(student_output), self.ncrops)
         if rest or len(teacher_output) != 2 * batch:
             raise ValueError(
@@ -104,10 +104,10 @@ class DINOLoss(nn.Module):
         return loss, entropy, loss.detach() - entropy
 
     def step_terms(self, student_output: Tensor, teacher_output: Tensor, epoch: int) -> tuple[Tensor, ...]:
-        """(loss, entropy, kl) and the teacher outputs' sum (K,), for a training step; the center stays as it is.
+        """(loss, entropy, kl) and the teacher outputs' sum (K,), for a training step; the center is not updated.
 
-        The same numbers as `terms` in one pass over the teacher's output, in half the memory: the gradient is written
-        where the student's output stood, which must not be read afterwards.
+        The same numbers as `terms` in one pass over the teacher's output and half the memory: the gradient overwrites
+        the student's output, which must not be read afterwards.
         """
         return in_place_dino_loss(
             student_output, teacher_output, self.center, self.teacher_temp(epoch), self.student_temp, self.ncrops
@@ -115,7 +115,7 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def probabilities(self, teacher_output: Tensor, epoch: int) -> Tensor:
-        """The teacher's centered and sharpened probabilities, (B, K) -> (B, K); what the collapse monitors look at."""
+        """The teacher's centered and sharpened probabilities, (B, K) -> (B, K), for the collapse monitors."""
         return teacher_probabilities(teacher_output, self.center, self.teacher_temp(epoch))
 
     @torch.no_grad()
@@ -128,6 +128,6 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def apply_center(self, batch_center: Tensor, skip: Tensor | None = None) -> None:
-        """Move the center towards `batch_center` (1, K); not where the 0-d bool tensor `skip` is true."""
+        """Move the center towards `batch_center` (1, K), unless the 0-d bool tensor `skip` is true."""
         moved = self.center * self.center_momentum + batch_center * (1 - self.center_momentum)
         self.center.copy_(moved if skip is None else torch.where(skip, self.center, moved))

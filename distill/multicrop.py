@@ -12,19 +12,19 @@ from torch import Tensor, nn
 class MultiCropWrapper(nn.Module):
     """`head(backbone(crops))` for crops of several sizes (DINO's name and state-dict keys).
 
-    Crops of the same height and width that follow each other go through the backbone together. The published code
-    compares widths only, which mixes up crops of the same width and another height.
+    Consecutive crops of the same height and width go through the backbone together. The published code compares widths
+    only, which mixes up crops of equal width and different height.
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
-        # The features are wanted, not a classifier's output; DINO's scripts rely on this being done here.
+        # The head takes features, not a classifier's output; DINO's scripts rely on its removal here.
         backbone.fc, backbone.head = nn.Identity(), nn.Identity()
         self.backbone = backbone
         self.head = head
 
     def forward(self, crops: Tensor | Sequence[Tensor]) -> Tensor:
-        """One tensor (B, C, H, W) or several, in order -> head outputs (sum of the batch sizes, K), in that order."""
+        """One tensor (B, C, H, W) or several -> head outputs (sum of the batch sizes, K), in the same order."""
         return self.head(self.features(crops))
 
     def features(self, crops: Tensor | Sequence[Tensor]) -> Tensor:

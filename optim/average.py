@@ -12,8 +12,8 @@ from pretrained import without_prefix
 class ParameterAverage:
     """teacher <- m · teacher + (1 - m) · student, over parameters matched by name, all in one fused call.
 
-    Of sharded models each process averages its own slices, which are cut alike in both.
-    Raises ValueError where a teacher's parameter has no counterpart in the student.
+    If the models are sharded, each process averages its own slices, which are cut alike in both.
+    Raises ValueError if a parameter of the teacher has no counterpart in the student.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
@@ -27,15 +27,15 @@ class ParameterAverage:
 
     @torch.no_grad()
     def update(self, momentum: float, skip: Tensor | None = None) -> None:
-        """One step of the average. Where the 0-d bool tensor `skip` is true the teacher stays bit for bit as it is."""
-        if skip is not None and skip.device.type == "cpu":  # reading it costs nothing here, and temporaries do
+        """One step of the average. If the 0-d bool tensor `skip` is true, the teacher stays bit for bit unchanged."""
+        if skip is not None and skip.device.type == "cpu":  # reading it costs nothing here, unlike temporaries
             if skip.item():
                 return
             skip = None
         if skip is None:
             torch._foreach_lerp_(self._teacher, self._student, 1 - momentum)
             return
-        # A weight of exactly 0 leaves t + 0 · (s - t) = t, and needs no answer from the device.
+        # A weight of exactly 0 leaves t + 0 · (s - t) = t, without reading `skip` back from the device.
         weight = torch.where(skip, 0.0, 1 - momentum).to(torch.float32)
         step = torch._foreach_sub(self._student, self._teacher)
         torch._foreach_mul_(step, weight)

@@ -1,4 +1,4 @@
-"""BatchNorm's running statistics, held back from a step that turns out not to be finite."""
+"""BatchNorm's running statistics, restored after a step that turns out not to be finite."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 
 class RunningStatistics:
-    """Every BatchNorm buffer of some modules, to be copied before a step and put back after a refused one.
+    """Every BatchNorm buffer of some modules, to be copied before a step and restored after a refused one.
 
-    A forward in train mode moves the statistics before anybody can know that its loss is not finite.
+    A forward in train mode updates the statistics before it is known whether the loss is finite.
     """
 
     def __init__(self, *modules: nn.Module) -> None:
@@ -23,12 +23,12 @@ class RunningStatistics:
 
     @torch.no_grad()
     def copy(self) -> list[Tensor]:
-        """The statistics as they are; an empty list for a model without BatchNorm."""
+        """The current statistics; an empty list for a model without BatchNorm."""
         return [buffer.clone() for buffer in self._buffers]
 
     @torch.no_grad()
     def restore(self, saved: list[Tensor], where: Tensor) -> None:
-        """Put `saved` back where the 0-d bool tensor is true, without asking the device for its value."""
+        """Restore `saved` if the 0-d bool tensor `where` is true, without reading it back from the device."""
         for buffer, before in zip(self._buffers, saved, strict=True):
             buffer.copy_(torch.where(where, before, buffer))
 

@@ -1,4 +1,4 @@
-"""What happens to gradients before a step: clipping per parameter, and dropping those of a frozen layer."""
+"""Changes to gradients before a step: clipping per parameter, and dropping those of a frozen layer."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from optim.sharding import local, sharing_group
 
 @torch.no_grad()
 def clip_each_(gradients: list[Tensor], clip: float) -> Tensor:
-    """Scale each gradient whose norm exceeds `clip` down to it (0: none); returns the norms before, (P,).
+    """Scale down to `clip` each gradient whose norm exceeds it (0: none); returns the norms before clipping, (P,).
 
-    The factor is clip / (norm + 1e-6), applied where it is below 1. Norms are of whole gradients, sharded or not.
+    The factor is clip / (norm + 1e-6), applied if it is below 1. Norms are those of whole gradients, sharded or not.
     """
     if not gradients:
         return torch.zeros(0)
@@ -22,7 +22,7 @@ def clip_each_(gradients: list[Tensor], clip: float) -> Tensor:
     norms = tensor_norms(gradients, group)
     if clip > 0:
         factors = (clip / (norms + 1e-6)).clamp(max=1.0)
-        if norms.device.type == "cpu":  # reading a factor costs nothing here, and most gradients need no pass
+        if norms.device.type == "cpu":  # reading a factor costs nothing here, and most gradients need no scaling
             for gradient, factor in zip(gradients, factors.tolist(), strict=True):
                 if factor < 1:
                     gradient.mul_(factor)
@@ -32,7 +32,7 @@ def clip_each_(gradients: list[Tensor], clip: float) -> Tensor:
 
 
 def clip_gradients(model: nn.Module, clip: float) -> list[float]:
-    """Clip the gradient of each parameter by its own norm; returns the norms before (DINO's function)."""
+    """Clip the gradient of each parameter by its own norm; returns the norms before clipping (DINO's function)."""
     return clip_each_([p.grad for p in model.parameters() if p.grad is not None], clip).tolist()
 
 

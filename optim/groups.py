@@ -1,4 +1,4 @@
-"""Which parameters are regularised."""
+"""Which parameters get weight decay."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 def get_params_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Two groups: what is regularised, and what is not (names ending in `.bias`, and 1-D parameters)."""
+    """Two groups: parameters with weight decay, and those without (names ending in `.bias`, and 1-D parameters)."""
     regularised, not_regularised = [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

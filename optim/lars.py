@@ -42,7 +42,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """One step; nothing changes where `self.found_inf` is set to a non-zero tensor."""
+        """One step; nothing changes if `self.found_inf` is a non-zero tensor."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -82,7 +82,7 @@ class LARS(torch.optim.Optimizer):
 
 
 def _trust_scaled(group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-    """Gradient plus weight decay, scaled to eta times the parameter's norm; slices where the parameters are sharded."""
+    """Gradient plus weight decay, scaled to eta times the parameter's norm; slices if the parameters are sharded."""
     decayed, adapted = group["weight_decay_filter"], group["lars_adaptation_filter"]
     decay = [0.0 if decayed is not None and decayed(p) else group["weight_decay"] for p in parameters]
     updates = torch._foreach_mul([local(p) for p in parameters], decay)

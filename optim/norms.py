@@ -1,4 +1,4 @@
-"""Euclidean norms of many tensors at once, accurate for long ones and whole for sharded ones."""
+"""Euclidean norms of many tensors at once, accurate for long ones, and of the whole tensor for sharded ones."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-BLOCK = 1 << 18  # numbers that are added up in float32: an error of 1e-5 at most
+BLOCK = 1 << 18  # numbers summed in float32, with an error of 1e-5 at most
 
 
 def tensor_norms(tensors: list[Tensor], group: dist.ProcessGroup | None = None) -> Tensor:
-    """Euclidean norms (P,); of slices, with the group of processes that share them, those of the whole tensors.
+    """Euclidean norms (P,). For slices, with the group of processes that share them, those of the whole tensors.
 
-    On CPU torch's norm adds up long float32 sums: 6e-4 off for 65536 x 256 prototypes. A dot product is faster and
-    better, how much depends on the processor's library (3e-5 on one, 2e-4 on another): so blocks are multiplied, and
-    their sums added in float64.
+    On CPU torch's norm adds long float32 sums and is 6e-4 off for 65536 x 256 prototypes. A dot product is faster and
+    more exact, to a degree that depends on the processor's library (3e-5 off on one, 2e-4 on another). Therefore dot
+    products are taken block by block, and their results added in float64.
     """
     if any(t.device.type != "cpu" for t in tensors):
         norms = torch.stack(torch._foreach_norm(tensors))

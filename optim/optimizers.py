@@ -1,8 +1,8 @@
-"""Optimisation as DINO does it: parameter groups, LARS, clipping per parameter, schedules per iteration.
+"""The optimizers: AdamW, SGD and LARS, all of which can skip a step.
 
 A step whose loss or gradients are not finite changes nothing. The optimizers learn of it through `found_inf`, a 0-d
-float tensor on the parameters' device (the protocol of torch's fused optimizers, which LARS here follows), so that a
-GPU need not report to the host in between.
+float tensor on the parameters' device (the protocol of torch's fused optimizers, which our LARS follows), so that a GPU
+does not have to synchronize with the host.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ OPTIMIZERS = ("adamw", "sgd", "lars")
 
 
 def build_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """AdamW, SGD with momentum .9, or LARS; learning rate and weight decay are set at every step by the schedules.
+    """AdamW, SGD with momentum .9, or LARS; the schedules set learning rate and weight decay at every step.
 
-    Raises ValueError for another name.
+    Raises ValueError for any other name.
     """
     if name == "adamw":
         return torch.optim.AdamW(groups, fused=True)
@@ -31,10 +31,10 @@ def build_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Opti
 
 
 def _sgd(groups: list[dict[str, Any]]) -> torch.optim.SGD:
-    """SGD with momentum .9 whose momenta are zeros from the start.
+    """SGD with momentum .9 whose momenta start as zeros.
 
-    torch's fused SGD allocates them in the first step and leaves them unset where that step is refused (found_inf):
-    what lay in that memory, NaN at times, would enter the next step.
+    torch's fused SGD allocates them in the first step and, if that step is refused (found_inf), leaves them
+    uninitialised, so that whatever the memory held, sometimes NaN, would enter the next step.
     """
     sgd = torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
     for group in sgd.param_groups:

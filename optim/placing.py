@@ -1,4 +1,4 @@
-"""A model on its device: BatchNorm over all processes, sharding, DistributedDataParallel."""
+"""Moving a model to its device: BatchNorm over all processes, sharding, DistributedDataParallel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from runtime.distributed import get_world_size
 
 
 def place(model: nn.Module, choice: hardware.Choice, fsdp: bool) -> nn.Module:
-    """A model on its device, with BatchNorm over all processes if the device can, sharded if asked."""
+    """Move a model to its device, with BatchNorm over all processes if the device supports it, sharded if asked."""
     device = choice.device
     if get_world_size() > 1 and has_batchnorms(model):
         if device.type == "cuda":
@@ -27,7 +27,7 @@ def place(model: nn.Module, choice: hardware.Choice, fsdp: bool) -> nn.Module:
 
 
 def exchanging_gradients(student: nn.Module, choice: hardware.Choice, fsdp: bool) -> nn.Module:
-    """The student in DistributedDataParallel if there are several processes; sharded models do it themselves."""
+    """The student in DistributedDataParallel if there are several processes and it is not sharded."""
     if fsdp:
         choice.lines.append(sharding.description(student))
         return student

@@ -1,4 +1,4 @@
-"""Schedules: a value for every iteration of a run, as DINO has them."""
+"""Schedules: a value for every iteration of a run, as in DINO."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def cosine_scheduler(
 ) -> np.ndarray:
     """A value for every iteration, (epochs · niter_per_ep,): linear warm-up, then half a cosine to `final_value`.
 
-    A warm-up longer than the training is cut off with it.
+    A warm-up longer than the training is cut off at its end.
     """
     total, warmup = epochs * niter_per_ep, warmup_epochs * niter_per_ep
     ramp = np.linspace(start_warmup_value, base_value, warmup) if warmup else np.array([])

@@ -1,29 +1,29 @@
 """Student and teacher sharded over the processes (FSDP2), for models that outgrow one device.
 
-Each process holds a slice along the first dimension of every parameter, of its gradient, and of the optimizer's
-numbers; a block's whole parameters exist only while the block computes. Built on torch's `fully_shard` (Zhao et al.,
-"PyTorch FSDP", VLDB 2023). DDP's mathematics is unchanged: gradients are averaged over the processes, and the average
-of the teacher and AdamW work on slices as they would on the whole; norms (clipping, LARS) are summed over slices.
+Each process holds a slice, along the first dimension, of every parameter, its gradient and its optimizer state; a
+block's whole parameters exist only while the block computes. Built on torch's `fully_shard` (Zhao et al., "PyTorch
+FSDP", VLDB 2023). The mathematics of DDP is unchanged: gradients are averaged over the processes, and the teacher's
+average and AdamW give the same results on slices as on the whole; norms (clipping, LARS) are summed over slices.
 
 What is decided here, and why:
 
-- A unit is a block: an element of the backbone's ModuleLists or Sequentials that has parts of its own. What remains of
-  the backbone is one more unit, and the head another, so that the backbone can be called without the head. The head is
-  sharded as well: with K = 65536 it is 22 M parameters beside a ViT-B's 86 M. Its prototypes are read in its own
+- A unit is a block: an element of the backbone's ModuleLists or Sequentials that has submodules. The rest of the
+  backbone is another unit, and so is the head, so that the backbone can be called without the head. The head is sharded
+  as well: with K = 65536 it has 22 M parameters, compared with a ViT-B's 86 M. Its prototypes are read in its own
   forward, where they are whole; a loss that reads `last_layer.weight` outside (fused_loss.fused_dino_loss) must not be
-  combined with sharding, and the training step does not.
+  combined with sharding, and the training step does not do so.
 - Gradients are reduced after every forward of a step, not once at its end: twice for crops of two sizes, and in each
-  micro-batch of an accumulated step. The sum is the same but for its rounding, and to put it off would take memory for
-  the whole gradient on every process.
-- Whole parameters are released after every forward, those of the root units too. FSDP keeps the latter for the
+  micro-batch of an accumulated step. The sum is the same except for rounding; deferring it would need memory for the
+  whole gradient on every process.
+- Whole parameters are released after every forward, including those of the root units. FSDP keeps the latter for the
   backward pass, which a teacher never has: its next forward would use the parameters from before the average.
-- Checkpoints hold whole tensors (`gathered`), so they are the same as without sharding, and each process takes its
-  slices of one (`load_model`, `load_optimizer`).
-- What is not a training step (k-NN, monitors, pictures) gets a whole copy of the teacher (`whole_copy`): the processes
-  go through different numbers of batches there, and a sharded forward needs all of them every time.
+- Checkpoints hold whole tensors (`gathered`), so they are the same as without sharding; on loading, each process takes
+  its slices (`load_model`, `load_optimizer`).
+- Everything outside the training step (k-NN, monitors, pictures) uses a whole copy of the teacher (`whole_copy`): the
+  processes go through different numbers of batches there, and a sharded forward needs all of them every time.
 
-Parameters stay float32 and autocast works as without sharding; it keeps each block's cast weights for the backward
-pass, 2 bytes per parameter, unless gradient checkpointing is on.
+Parameters stay float32 and autocast works as it does without sharding; it keeps each block's cast weights for the
+backward pass, 2 bytes per parameter, unless gradient checkpointing is on.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from runtime.guards import InputError
 
 
 def check_can_shard(device: torch.device, optimizer: str, compiled: bool) -> None:
-    """Raise InputError where sharding is impossible or untried, before anything is built."""
+    """Raise InputError if sharding is impossible or untested, before anything is built."""
     if get_world_size() == 1:
         raise InputError(
             "--fsdp true needs several processes to share the model; start with torchrun --nproc_per_node N, or leave "
@@ -68,9 +68,9 @@ def check_can_shard(device: torch.device, optimizer: str, compiled: bool) -> Non
 
 
 def shard(model: nn.Module, device: torch.device) -> None:
-    """Shard a MultiCropWrapper in place and move it to `device`, unit by unit: it need never be there as a whole.
+    """Shard a MultiCropWrapper in place and move it to `device` unit by unit, so that it is never there as a whole.
 
-    Raises InputError where a parameter has no dimension to be cut along.
+    Raises InputError if a parameter is 0-d and so has no dimension to cut along.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -89,7 +89,7 @@ def shard(model: nn.Module, device: torch.device) -> None:
 
 
 def units(backbone: nn.Module) -> Iterator[nn.Module]:
-    """The backbone's blocks: elements of ModuleLists and Sequentials that have parts of their own, outermost first."""
+    """The backbone's blocks: elements of ModuleLists and Sequentials that have submodules, outermost first."""
     for module in backbone.children():
         if isinstance(module, nn.ModuleList | nn.Sequential):
             for element in module:
@@ -102,7 +102,7 @@ def units(backbone: nn.Module) -> Iterator[nn.Module]:
 
 
 def description(model: nn.Module) -> str:
-    """A line for the log: how much of the model is here."""
+    """A line for the log: how much of the model this process holds."""
     here = sum(local(parameter).numel() for parameter in model.parameters())
     whole = sum(parameter.numel() for parameter in model.parameters())
     return f"sharding: {get_world_size()} processes, {here / 1e6:.1f} M of {whole / 1e6:.1f} M parameters on this one"
@@ -112,12 +112,12 @@ def description(model: nn.Module) -> str:
 
 
 def is_sharded(value: Any) -> bool:
-    """Whether this is a tensor of which every process has a slice (a DTensor; its import takes long)."""
+    """Whether this is a tensor of which every process has a slice (a DTensor, which is slow to import)."""
     return hasattr(value, "to_local")
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's slice, sharing its memory, possibly empty; a tensor that is not sharded as it is."""
+    """This process's slice, sharing its memory and possibly empty; a tensor that is not sharded is returned as is."""
     if not is_sharded(tensor):
         return tensor
     with torch.no_grad():
@@ -125,16 +125,16 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def sharing_group(tensors: list[Tensor]) -> dist.ProcessGroup | None:
-    """The processes that share the tensors; None where they are not sharded."""
+    """The processes that share the tensors; None if they are not sharded."""
     return tensors[0].device_mesh.get_group() if tensors and is_sharded(tensors[0]) else None
 
 
 def slice_like(whole: Tensor, sharded: Tensor) -> Tensor:
-    """This process's slice of a whole tensor that it has, as a DTensor laid out as `sharded`; no communication."""
+    """This process's slice of `whole`, as a DTensor laid out like `sharded`, without communication."""
     from torch.distributed.tensor import DTensor
 
     if whole.shape != sharded.shape:
-        raise ValueError(f"a tensor of shape {tuple(whole.shape)} where {tuple(sharded.shape)} is needed")
+        raise ValueError(f"a tensor has shape {tuple(whole.shape)}, but {tuple(sharded.shape)} is needed")
     start = sum(len(part) for part in whole.chunk(get_world_size())[: get_rank()])
     mine = whole[start : start + len(local(sharded))].to(sharded.device, copy=True)
     return DTensor.from_local(
@@ -147,9 +147,10 @@ def slice_like(whole: Tensor, sharded: Tensor) -> Tensor:
 
 @torch.no_grad()
 def gathered(value: Any, everywhere: bool = False) -> Any:
-    """A state with its sharded tensors made whole, in host memory; all processes must take part.
+    """A state with its sharded tensors made whole; all processes must take part.
 
-    Only rank 0 has them then (the others None in their place), or with `everywhere` all, each on its own device.
+    Only rank 0 gets them, in host memory, and the others get None in their place. With `everywhere` every process gets
+    them, on its own device.
     """
     if is_sharded(value):
         whole = value.full_tensor()
@@ -164,7 +165,7 @@ def gathered(value: Any, everywhere: bool = False) -> Any:
 
 
 def load_model(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """`load_state_dict` of whole tensors, for a model that is sharded or not."""
+    """`load_state_dict` from whole tensors, for a model that is sharded or not."""
     present = model.state_dict()
     model.load_state_dict(
         {name: slice_like(value, present[name]) if is_sharded(present.get(name)) else value
@@ -173,7 +174,7 @@ def load_model(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """`load_state_dict` of whole tensors, for an optimizer of sharded parameters or not."""
+    """`load_state_dict` from whole tensors, for an optimizer of parameters that are sharded or not."""
     parameters = list(itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups))
 
     def sliced(index: int, value: Any) -> Any:
@@ -189,13 +190,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 
 
 def skeleton(model: nn.Module) -> nn.Module:
-    """A copy of a model that is not sharded yet, without memory for its parameters; for `whole_copy`."""
+    """A copy of a model that is not sharded yet, without memory for its parameters, for `whole_copy`."""
     without_memory = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
     return copy.deepcopy(model, without_memory)
 
 
 def whole_copy(model: nn.Module, skeleton: nn.Module, device: torch.device) -> nn.Module:
-    """The sharded model as it is now, whole, on every process; all must take part. It lives as long as it is held."""
+    """A whole copy of the sharded model's current state on every process; all must take part."""
     whole = copy.deepcopy(skeleton)
     whole.load_state_dict(gathered(model.state_dict(), everywhere=True), assign=True)
     return whole.to(device)

@@ -1,5 +1,5 @@
-# Sourced by the scripts here: leaves $PYTHON as a Python that satisfies requirements.txt.
-# An active environment that satisfies it is used as it is; otherwise .venv is made beside the project, and used.
+# Sourced by the scripts here: sets $PYTHON to a Python that satisfies requirements.txt.
+# An active environment that satisfies it is used as it is; otherwise .venv is created in the project's folder and used.
 # Arguments: the extra requirements (e.g. "pytest ruff") that must be importable too.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -55,7 +55,7 @@ make_environment() { # extra ("" or "[test]" packages, space separated)
     "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$root/requirements.txt" "$@"
 }
 
-use_environment() { # modules that must be importable beside the requirements, then -- packages that bring them
+use_environment() { # modules that must be importable besides the requirements, then -- and the packages to install
     local modules=() packages=()
     while [ $# -gt 0 ] && [ "$1" != "--" ]; do modules+=("$1"); shift; done
     [ $# -gt 0 ] && shift
@@ -70,12 +70,12 @@ use_environment() { # modules that must be importable beside the requirements, t
     echo "using $("$PYTHON" -c 'import sys; print(sys.executable, sys.version.split()[0])')"
 }
 
-use_torchrun() { # after use_environment: leaves ${TORCHRUN[@]}, which hands on the signals of schedulers
+use_torchrun() { # after use_environment: sets ${TORCHRUN[@]}, which forwards the signals of schedulers
     TORCHRUN=("$PYTHON" -m torch.distributed.run)
     local flags
     flags=$("${TORCHRUN[@]}" --help 2>/dev/null)
-    # SIGUSR1 must reach the workers, and 30 seconds are too short for a save. Older torch has neither flag: there
-    # only SIGTERM is handed on.
+    # SIGUSR1 must reach the workers, and the default of 30 seconds is too short for a save. Older torch has neither
+    # flag and forwards only SIGTERM.
     [[ $flags == *--signals-to-handle* ]] && TORCHRUN+=(--signals-to-handle SIGTERM,SIGINT,SIGUSR1)
     [[ $flags == *--shutdown-timeout* ]] && TORCHRUN+=(--shutdown-timeout 120)
     return 0

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Every evaluation of one checkpoint, and one table of all of them.
+# Run every evaluation of a checkpoint, and print one table of the results.
 #   run_scripts/evaluate_all.sh CHECKPOINT DATA [OUTPUT_DIR]
 #   EPOCHS=100 BATCH=128 NPROC=8 WORKERS=10 run_scripts/evaluate_all.sh output/checkpoint.pth /path/to/imagenet
-# OUTPUT_DIR is by default CHECKPOINT without .pth, with -evaluation. Run again, it resumes an unfinished probe.
-# Ends with code 1 if an evaluation failed; the results of the others stand in the table all the same.
+# OUTPUT_DIR defaults to CHECKPOINT with -evaluation in place of .pth. Run again, it resumes an unfinished probe.
+# Exits with code 1 if an evaluation failed; the table still shows the results of the others.
 set -uo pipefail
 if [ $# -lt 2 ]; then
     echo "usage: $0 CHECKPOINT DATA [OUTPUT_DIR]   (EPOCHS, BATCH, NPROC, WORKERS, LOW_SHOT_DRAW in the environment)" >&2

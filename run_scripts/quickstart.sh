@@ -10,7 +10,7 @@ use_environment
 output=${1:-output/quickstart}
 seed=${SEED:-0}
 
-# The model that --data_path demo brings (training/recipes.py; docs/LOG.md tells how its recipe was found).
+# The model that --data_path demo trains (training/recipes.py; docs/LOG.md describes how its recipe was found).
 model=(--arch vit_small --mode simpool --patch_size 8 --embed_dim 96 --depth 4 --num_heads 3 --img_size 32)
 evaluation=(--data_path demo --batch_size_per_gpu 250 --num_workers 0)
 linear=("${evaluation[@]}" --epochs 10)

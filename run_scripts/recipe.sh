@@ -1,5 +1,5 @@
 # Sourced by the recipe scripts: `recipe GLOBAL_BATCH flags...` runs the pretraining with the published global batch on
-# whatever is there. From the environment:
+# the available hardware. From the environment:
 #   DATA    ImageNet as train/ and val/ class folders, or anything else --data_path takes (required)
 #   OUT     output folder (default: output/NAME OF THE SCRIPT)
 #   NPROC   processes (default: one per visible GPU; 1 without a GPU)

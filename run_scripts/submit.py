@@ -1,11 +1,11 @@
-"""Submit a pretraining to SLURM, and its evaluations behind it.
+"""Submit a pretraining run to SLURM, followed by its evaluations.
 
     python run_scripts/submit.py --nodes 2 --ngpus 8 --eval_knn -- --arch vit_small --mode simpool \\
         --data_path /path/to/imagenet --output_dir output/vit_small
 
-Everything after `--` goes to main_dino.py. The batch scripts are those of run_scripts/slurm with the options given
-here; they are written to OUTPUT_DIR/slurm, so that what ran can be read, and submitted again, later. Evaluations start
-when the pretraining has succeeded (`--dependency=afterok`), and look for its marker DONE.
+Everything after `--` is passed to main_dino.py. The batch scripts are those of run_scripts/slurm with the options given
+here; they are written to OUTPUT_DIR/slurm, where they can be read, or submitted again, later. Evaluations start once
+the pretraining has succeeded (`--dependency=afterok`), and check for its marker DONE.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         usage="submit.py [options] -- FLAGS OF main_dino.py",
     )  # fmt: skip
     parser.add_argument("--nodes", type=int, default=1, help="nodes (default 1)")
-    parser.add_argument("--ngpus", type=int, default=8, help="GPUs, and tasks, per node; 0 for CPU tasks (default 8)")
+    parser.add_argument(
+        "--ngpus", type=int, default=8, help="GPUs per node, one task each; 0 for CPU tasks (default 8)"
+    )
     parser.add_argument("--tasks", type=int, help="tasks per node of a job without GPUs (default 1)")
-    parser.add_argument("--cpus_per_task", type=int, default=10, help="cores per task, loader workers (default 10)")
+    parser.add_argument("--cpus_per_task", type=int, default=10, help="cores per task (default 10)")
     parser.add_argument("--time", default="24:00:00", help="time limit of a start; the job requeues itself (24:00:00)")
     parser.add_argument("--signal_s", type=int, default=120, help="seconds before the limit to save (default 120)")
     for name, what in (
@@ -46,11 +48,11 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     ):
         parser.add_argument(f"--{name}", help=what)  # fmt: skip
     parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION=VALUE", help="any other sbatch option")
-    parser.add_argument("--launcher", choices=("srun", "torchrun"), default="srun", help="who starts the processes")
+    parser.add_argument("--launcher", choices=("srun", "torchrun"), default="srun", help="what starts the processes")
     parser.add_argument("--eval_knn", action="store_true", help="k-NN when the pretraining is done")
     parser.add_argument("--eval_linear", action="store_true", help="linear probes when the pretraining is done")
     parser.add_argument("--submitit", action="store_true", help="submit with the package submitit, if it is installed")
-    parser.add_argument("--dry_run", action="store_true", help="print the scripts and commands, and submit nothing")
+    parser.add_argument("--dry_run", action="store_true", help="print the scripts without submitting them")
     args = parser.parse_args(own)
     for name in ("nodes", "cpus_per_task", "signal_s"):
         if getattr(args, name) < 1:
@@ -65,10 +67,10 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     for value in (*own, *flags):
         if not value.isprintable():
             parser.error(
-                f"{value!r} holds a control character, which could start a line of the batch script; remove it"
+                f"{value!r} contains a control character, which could start a line of the batch script; remove it"
             )
     if args.job_name and "/" in args.job_name:
-        parser.error(f"--job_name {args.job_name!r}: it becomes a part of file names; leave the / out")
+        parser.error(f"--job_name {args.job_name!r}: it becomes part of file names; leave the / out")
     if args.submitit and (args.eval_knn or args.eval_linear or args.launcher == "torchrun" or args.dry_run):
         parser.error("--submitit submits the pretraining alone, by srun; leave --eval_*, --launcher and --dry_run out")
     if not flags:
@@ -94,7 +96,7 @@ def taken_out(flags: list[str], name: str) -> tuple[str | None, list[str]]:
 
 
 def sbatch_options(args: argparse.Namespace, kind: str) -> dict[str, str]:
-    """Options of sbatch that are given here, by name; they replace those of the script in run_scripts/slurm."""
+    """The sbatch options given here, by name; they replace those of the script in run_scripts/slurm."""
     tasks = args.ngpus or args.tasks or 1
     options = {"nodes": args.nodes, "ntasks-per-node": tasks, "cpus-per-task": args.cpus_per_task, "time": args.time}
     options["gpus-per-node"] = args.ngpus or None
@@ -109,7 +111,7 @@ def sbatch_options(args: argparse.Namespace, kind: str) -> dict[str, str]:
 
 
 def directive_value(value: str) -> str:
-    """The value as sbatch reads it in an #SBATCH line: spaces part options there, and a # begins a comment."""
+    """The value quoted for an #SBATCH line, where spaces separate options and a # starts a comment."""
     if re.fullmatch(r"[\w@%+=:,./\[\]*&|()-]*", value, re.ASCII):
         return value
     if '"' in value or "\\" in value:
@@ -118,7 +120,7 @@ def directive_value(value: str) -> str:
 
 
 def batch_script(kind: str, options: dict[str, str], variables: dict[str, str], flags: list[str]) -> str:
-    """run_scripts/slurm/KIND.sbatch with these options, variables and flags written in; None takes an option out."""
+    """run_scripts/slurm/KIND.sbatch with these options, variables and flags inserted; None removes an option."""
     head, body, left = [], [], dict(options)
     for line in (ROOT / "run_scripts" / "slurm" / f"{kind}.sbatch").read_text().splitlines():
         if line.startswith("#SBATCH --"):
@@ -134,7 +136,7 @@ def batch_script(kind: str, options: dict[str, str], variables: dict[str, str], 
 
 
 def plan(args: argparse.Namespace, flags: list[str]) -> list[tuple[str, Path, str]]:
-    """(kind, path, content) of the scripts to submit, the pretraining first."""
+    """(kind, path, content) of each script to submit, the pretraining first."""
     out, flags = taken_out(flags, "output_dir")
     data, flags = taken_out(flags, "data_path")
     if not out or not data:
@@ -155,7 +157,7 @@ def plan(args: argparse.Namespace, flags: list[str]) -> list[tuple[str, Path, st
 
 
 def submit(path: Path, after: str | None) -> str:
-    """Hand a script to sbatch; the job's number."""
+    """Submit a script with sbatch; returns the job's number."""
     command = ["sbatch", "--parsable", *([f"--dependency=afterok:{after}"] if after else []), str(path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -164,7 +166,7 @@ def submit(path: Path, after: str | None) -> str:
 
 
 class Pretraining:
-    """The program in a task of a submitit job. It catches the signal itself, saves, and requeues the job."""
+    """The program as a task of a submitit job. It catches the signal itself, saves, and requeues the job."""
 
     def __init__(self, flags: list[str]) -> None:
         self.flags = flags
@@ -177,8 +179,8 @@ class Pretraining:
 
 
 def submit_by_submitit(args: argparse.Namespace, flags: list[str]) -> str:
-    """Hand the pretraining to submitit, which keeps its scripts and logs in OUTPUT_DIR/submitit; the job's number."""
-    os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"  # the signal that it asks SLURM for; its own default is another
+    """Submit with submitit, which keeps its scripts and logs in OUTPUT_DIR/submitit; returns the job's number."""
+    os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"  # the signal that it requests from SLURM; its default differs
     try:
         import submitit
     except ImportError:
@@ -199,7 +201,7 @@ def submit_by_submitit(args: argparse.Namespace, flags: list[str]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The program."""
+    """Run the program; returns its exit code."""
     args, flags = parse_arguments(sys.argv[1:] if argv is None else argv)
     if args.submitit:
         print(f"pretrain: job {submit_by_submitit(args, flags)}")

@@ -2,8 +2,8 @@
 # Run the tests: every one in its quick form, in under 15 minutes on 2 cores.
 #   run_scripts/test.sh            quick
 #   run_scripts/test.sh --full     the long ones too (about 30 minutes more)
-#   run_scripts/test.sh --fast     while typing: under 3 minutes, without whole runs, processes or sleeping
-#   run_scripts/test.sh tests/test_sp.py -k gamma     anything else goes to pytest
+#   run_scripts/test.sh --fast     while typing: under 3 minutes, without whole runs, subprocesses or sleeping
+#   run_scripts/test.sh tests/test_sp.py -k gamma     other arguments are passed to pytest
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$root"

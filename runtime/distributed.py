@@ -1,8 +1,8 @@
-"""Who am I among the processes: rank, world size, device, and the process group.
+"""This process among the others: rank, world size, device, and the process group.
 
-Read from torchrun, SLURM's srun, OpenMPI, or from nothing (one process), in `launch_environment`. A run of one process
-gets a process group too (over an in-memory store, no port), so that code which calls torch.distributed directly works
-the same everywhere.
+`launch_environment` reads them from the variables of torchrun, SLURM's srun or OpenMPI; without any it is one process.
+A single process gets a process group too (over an in-memory store, without a port), so that code that calls
+torch.distributed directly works the same everywhere.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _LONGEST_TIMEOUT_S = 30 * 86400
 
 @dataclass(frozen=True)
 class Launch:
-    """One process's place in the job, and where the processes meet (None: nowhere, there is only one)."""
+    """One process's place in the job, and where the processes meet (None if there is only one)."""
 
     rank: int
     world_size: int
@@ -47,9 +47,9 @@ class Launch:
 def launch_environment(env: Mapping[str, str]) -> Launch:
     """Rank, world size, local rank and meeting point from a launcher's environment variables.
 
-    torchrun's variables come first (torchrun inside a SLURM job is common), then OpenMPI's (whose mpirun may use srun
-    to reach other nodes), then srun's.
-    A SLURM batch step without srun is one process, whatever the number of tasks the job reserved.
+    torchrun's variables take precedence (torchrun inside a SLURM job is common), then OpenMPI's (whose mpirun may use
+    srun to reach other nodes), then srun's.
+    A SLURM batch step without srun is one process, however many tasks the job reserved.
     Raises InputError if the variables are incomplete or contradict each other.
     """
     if "RANK" in env or ("WORLD_SIZE" in env and "LOCAL_RANK" in env):
@@ -62,7 +62,7 @@ def launch_environment(env: Mapping[str, str]) -> Launch:
 
 
 def _number(env: Mapping[str, str], name: str, launcher: str, default: int | None = None) -> int:
-    """A variable's whole number, 0 or more; InputError for anything else, and if it is absent without a default."""
+    """A variable's whole number, 0 or more. Raises InputError for anything else, or if it is unset without default."""
     if name not in env and default is not None:
         return default
     if name not in env:
@@ -77,7 +77,7 @@ def _port(env: Mapping[str, str]) -> int | None:
         return None
     port = _number(env, "MASTER_PORT", "the launcher")
     if not 0 < port < 65536:
-        raise InputError(f"MASTER_PORT={port} is no port; set one from 1024 to 65535, or unset it")
+        raise InputError(f"MASTER_PORT={port} is not a valid port; set one from 1024 to 65535, or unset it")
     return port
 
 
@@ -107,7 +107,7 @@ def _from_torchrun(env: Mapping[str, str]) -> Launch:
 
 
 def _check_others_agree(launch: Launch, env: Mapping[str, str]) -> None:
-    """RANK and WORLD_SIZE that torchrun did not set may be leftovers: srun or mpirun must say the same."""
+    """RANK and WORLD_SIZE, if torchrun did not set them, may be leftovers: srun or mpirun must agree with them."""
     for name, rank, size in (
         ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
         ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
@@ -132,8 +132,8 @@ def _from_slurm(env: Mapping[str, str]) -> Launch:
             local_rank=_number(env, "SLURM_LOCALID", "SLURM"),
             launcher="slurm",
             address=env.get("MASTER_ADDR") or first_host(nodes),
-            # Every process computes the same port from the job's numbers, below those that systems hand out to
-            # connections; two jobs on a node get different ones.
+            # Every process computes the same port from the job's numbers, below the range that systems assign to
+            # outgoing connections; two jobs on a node get different ports.
             port=_port(env) or 20000 + (job * 31 + step * 7) % 12000,
         )
     )
@@ -160,7 +160,7 @@ def _from_openmpi(env: Mapping[str, str]) -> Launch:
 
 
 def first_host(node_list: str) -> str:
-    """First host of a SLURM node list: `gpu[03-05,9],login` -> `gpu03`; an empty list is this machine."""
+    """First host of a SLURM node list: `gpu[03-05,9],login` -> `gpu03`; this machine if the list is empty."""
     match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", node_list)
     if match is None:
         return "127.0.0.1"
@@ -169,9 +169,9 @@ def first_host(node_list: str) -> str:
 
 
 def choose_device(name: str = "auto", local_rank: int = 0, one_each: bool = False) -> torch.device:
-    """`auto` takes CUDA, then MPS, then the CPU. Raises InputError for a device that is not there.
+    """`auto` takes CUDA, then MPS, then the CPU. Raises InputError for a device that does not exist.
 
-    one_each: the launcher may show each process its own GPU only (srun --gpus-per-task 1), which then is number 0.
+    one_each: the launcher may show each process only its own GPU (srun --gpus-per-task 1), which is then number 0.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -243,10 +243,10 @@ def _checked_url(url: str) -> str:
     try:
         parts = urllib.parse.urlsplit(url)
         whole = {"env": True, "tcp": bool(parts.hostname and parts.port), "file": bool(parts.path)}
-    except ValueError:  # a port that is none
+    except ValueError:  # an invalid port
         whole = {}
     if not whole.get(url.partition("://")[0]) or "://" not in url:
-        raise InputError(f"--dist_url {url!r} is no meeting point; use env://, tcp://HOST:PORT or file:///PATH")
+        raise InputError(f"--dist_url {url!r} is not a valid address; use env://, tcp://HOST:PORT or file:///PATH")
     return url
 
 
@@ -265,7 +265,7 @@ def _join(launch: Launch, backend: str, dist_url: str, timeout_s: float) -> None
     if dist_url == "env://":
         dist_url = f"tcp://{launch.address or '127.0.0.1'}:{launch.port or 29500}"
     torchrun = launch.launcher == "torchrun" and launch.address is not None and launch.port is not None
-    # torchrun's agent may already hold the port, and says so in variables that only torch reads.
+    # torchrun's agent may already hold the port; it says so in variables that only torch reads.
     meeting = "env://" if torchrun else dist_url
     try:
         store, _, _ = next(dist.rendezvous(meeting, launch.rank, launch.world_size, timeout=timeout))
@@ -275,7 +275,7 @@ def _join(launch: Launch, backend: str, dist_url: str, timeout_s: float) -> None
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise InputError(
             f"rank {launch.rank} on {socket.gethostname()} could not meet the others at {dist_url}: "
-            f"{str(error).splitlines()[0]}; if the port is in use set MASTER_PORT (or torchrun --master-port) to a "
+            f"{str(error).splitlines()[0]}; if the port is in use, set MASTER_PORT (or torchrun --master-port) to a "
             "free one, and check that every process uses one launcher"
         ) from error
 
@@ -283,9 +283,9 @@ def _join(launch: Launch, backend: str, dist_url: str, timeout_s: float) -> None
 def agreed_name(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> str:
     """A name for this start of the processes, the same on all and never used before in this store.
 
-    torchrun keeps one store over its restarts: without a fresh name, a restarted process finds the addresses of the
-    killed ones. No variable of torchrun counts the starts alike on all nodes, so rank 0 makes up the name; it greets
-    every process by a word that only that process knows, so that an answer left from an earlier start cannot be taken.
+    torchrun keeps one store across restarts: without a fresh name, a restarted process would find the addresses of the
+    killed ones. No variable of torchrun counts the starts equally on all nodes, so rank 0 makes up the name. It answers
+    each process with a token that only that process knows, so that an answer left by an earlier start is not accepted.
     """
     word = uuid.uuid4().hex
     if rank > 0:
@@ -297,20 +297,20 @@ def agreed_name(store: dist.Store, rank: int, world_size: int, timeout_s: float)
     missing, deadline = set(range(1, world_size)), time.monotonic() + timeout_s
     while missing:
         for other in sorted(missing):
-            if store.check([f"hello/{other}"]):  # perhaps of an earlier start: welcomed again until it answers
+            if store.check([f"hello/{other}"]):  # perhaps from an earlier start: answered again until it confirms
                 store.set(f"welcome/{store.get(f'hello/{other}').decode()}", word)
         missing = {other for other in missing if not store.check([f"{word}/{other}"])}
         if missing and time.monotonic() > deadline:
-            raise dist.DistStoreError(f"ranks {sorted(missing)} did not come within {timeout_s:g} s")
+            raise dist.DistStoreError(f"ranks {sorted(missing)} did not appear within {timeout_s:g} s")
         time.sleep(0.01)
     return word
 
 
 @contextlib.contextmanager
 def lost_processes() -> Iterator[None]:
-    """Turn the failure of an exchange between processes into `RunStopped`, with a message that a user can act on.
+    """Turn a failed exchange between processes into `RunStopped`, with a message that a user can act on.
 
-    gloo tells at once when another process is gone, and after `--timeout` that it hangs; NCCL after `--timeout`.
+    gloo reports at once that another process is gone, and after `--timeout` that it hangs; NCCL after `--timeout`.
     """
     try:
         yield
@@ -328,7 +328,7 @@ def lost_processes() -> Iterator[None]:
         ) from error
 
 
-# Words in the errors of gloo's exchanges, which are plain RuntimeErrors.
+# Phrases that identify errors of gloo's exchanges, which are plain RuntimeErrors.
 _LOST = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
 
 
@@ -336,8 +336,8 @@ def leave() -> None:
     """Destroy the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
         if dist.get_world_size() > 1:
-            # gloo's thread may still be letting go of the last exchange's tensors, for which it needs the interpreter;
-            # the group's destructor waits for that thread and does not give the interpreter up (torch 2.6 hangs there).
+            # gloo's thread may still be releasing the last exchange's tensors, for which it needs the interpreter lock.
+            # The group's destructor waits for that thread without releasing the lock (torch 2.6 hangs there).
             time.sleep(0.1)
         dist.destroy_process_group()
 
@@ -363,7 +363,7 @@ def is_main_process() -> bool:
 
 
 def barrier() -> None:
-    """Wait for all processes; nothing to wait for in a run of one."""
+    """Wait for all processes; does nothing if there is only one."""
     if get_world_size() > 1:
         dist.barrier()
 
@@ -378,9 +378,9 @@ def broadcast_object(value: Any, source: int = 0) -> Any:
 
 
 def on_main_process(work: Callable[[], T], keep_local: bool = False) -> T | None:
-    """Do `work` on rank 0 and hand its result to all; an InputError there is raised on all ranks alike.
+    """Do `work` on rank 0 and send its result to all ranks; an InputError there is raised on all of them.
 
-    `keep_local`: the result stays on rank 0 (it cannot be sent, or is of no use elsewhere), the others get None.
+    `keep_local`: the result stays on rank 0 (it cannot be sent, or is of no use elsewhere); the others get None.
     """
     result, refusal = None, None
     if is_main_process():
@@ -395,7 +395,7 @@ def on_main_process(work: Callable[[], T], keep_local: bool = False) -> T | None
 
 
 def all_gather_objects(value: Any) -> list[Any]:
-    """Every rank's value, in the order of ranks."""
+    """Every rank's value, in rank order."""
     if get_world_size() == 1:
         return [value]
     gathered: list[Any] = [None] * get_world_size()
@@ -407,7 +407,7 @@ def reduce_dict(input_dict: dict[str, torch.Tensor], average: bool = True) -> di
     """Sum or mean over the processes of each 0-d tensor of the dictionary (DINO's `reduce_dict`)."""
     if get_world_size() == 1:
         return input_dict
-    names = sorted(input_dict)  # the same order on every rank, whatever order the dictionaries were built in
+    names = sorted(input_dict)  # the same order on every rank, in whatever order the dictionaries were built
     with torch.no_grad():
         values = torch.stack([input_dict[name] for name in names])
         dist.all_reduce(values)
@@ -417,7 +417,7 @@ def reduce_dict(input_dict: dict[str, torch.Tensor], average: bool = True) -> di
 
 
 def setup_for_distributed(is_master: bool) -> None:
-    """Silence `print` on all ranks but the master, unless `force=True` (for scripts written against DINO).
+    """Silence `print` on all ranks except the master, unless `force=True` (for scripts written against DINO).
 
     The programs here do not use it: they print through `runtime.terminal.say`.
     """

@@ -1,7 +1,7 @@
-"""Running means of what a loop measures (DINO's meters).
+"""Running means of the numbers that a loop measures (DINO's meters).
 
-Meters take 0-d tensors as they are and read them only when they are asked for a number, so that a training step on a
-GPU never waits for the host.
+Meters accept 0-d tensors and read them only when a number is needed, so that a training step on a GPU never has to
+synchronize with the host.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class SmoothedValue:
-    """A series of numbers: the last ones in a window, and the mean of all (DINO's interface)."""
+    """A series of numbers: a window of the latest, and the mean of all (DINO's interface)."""
 
     def __init__(self, window_size: int = 20, fmt: str | None = None) -> None:
         self.fmt = fmt or "{median:.6f} ({global_avg:.6f})"
@@ -32,7 +32,7 @@ class SmoothedValue:
         self._pending: list[tuple[Any, int]] = []
 
     def update(self, value: float | torch.Tensor, n: int = 1) -> None:
-        """Add a number that stands for `n` samples. A tensor is read only when a number is needed."""
+        """Add a number that counts as `n` samples. A tensor is read only when a number is needed."""
         self._pending.append((value.detach() if isinstance(value, torch.Tensor) else value, n))
         if len(self._pending) >= 1024:
             self._read()
@@ -159,7 +159,7 @@ class MetricLogger:
             self.meters[name].load_state_dict(meter_state)
 
     def log_every(self, iterable: Iterable[T], print_freq: int, header: str = "") -> Iterator[T]:
-        """Iterate; every `print_freq` items print the meters, the time of an item, and of waiting for its data."""
+        """Iterate, printing the meters, the time per item and the time waiting for data every `print_freq` items."""
         total = len(iterable) if hasattr(iterable, "__len__") else None
         iteration_s, data_s = SmoothedValue(fmt="{avg:.4f}"), SmoothedValue(fmt="{avg:.4f}")
         begin = end = time.monotonic()

@@ -1,4 +1,4 @@
-"""What makes a run repeatable: seeds as a function of counters, and the version of the code."""
+"""Repeatable runs: seeds as a function of counters, and the version of the code."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def fix_random_seeds(seed: int = 31) -> None:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed what the model draws in a step (drop path, dropout) by its number and the rank."""
+    """Seed the model's random draws in a step (drop path, dropout) from the step's number and the rank."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
 
 
 def get_sha() -> str:
-    """Commit, state and branch of the code that runs, as one line (DINO's function)."""
+    """Commit, state and branch of the running code, as one line (DINO's function)."""
     folder = Path(__file__).resolve().parent.parent
 
     def git(*command: str) -> str:

@@ -1,8 +1,8 @@
-"""A run's checkpoints: written in the background, rotated, and found again after anything.
+"""A run's checkpoints: written in the background, rotated, and found again after any failure.
 
-A save writes one file, `checkpoint_stepNNNNNNNN.pth`, and then points the names that users know to it (hard links,
-or copies if the file system has none): `checkpoint.pth`, the newest, and `checkpointNNNN.pth` at the epochs that are
-kept for good. Older step files are removed only when all this is durable. "Saved" is said after that, never before.
+A save writes one file, `checkpoint_stepNNNNNNNN.pth`, and then makes the names that users know refer to it (hard links,
+or copies if the file system has none): `checkpoint.pth` for the newest, and `checkpointNNNN.pth` for the epochs kept
+for good. Older step files are removed only when all this is durable, and only then is the save reported.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _EPOCH_FILE = re.compile(r"checkpoint(\d{4,})\.pth")
 
 
 class CheckpointSaver:
-    """Saves a run's state without stalling it for longer than a copy to host memory.
+    """Saves a run's state, stalling it only for the copy to host memory.
 
-    `say` reports each success and failure. A failed save (disk full, folder gone) leaves the last good checkpoint and
-    is tried again at the next save; after `max_failed` in a row `save`, `wait` or `finish` raises SaveError.
+    `say` reports each success and failure. A failed save (disk full, folder gone) leaves the last good checkpoint in
+    place; after `max_failed` failures in a row `save`, `wait` or `finish` raises SaveError.
     """
 
     def __init__(self, folder: Path, keep: int, max_failed: int, say: Callable[[str], None]) -> None:
@@ -42,9 +42,9 @@ class CheckpointSaver:
         self._failed = 0
 
     def save(self, state: dict[str, Any], step: int, keep_as: str | None = None) -> None:
-        """Begin to save `state`; `keep_as` names a further file, `checkpoint0020.pth`, that is never removed.
+        """Start saving `state`; `keep_as` names an additional file that is never removed, such as `checkpoint0020.pth`.
 
-        Waits for the save before it, then for the copy of the tensors, and returns.
+        Returns once the previous save is done and the tensors are copied.
         """
         self.wait()
         snapshot = to_host(state)
@@ -52,7 +52,7 @@ class CheckpointSaver:
         self._thread.start()
 
     def wait(self) -> bool:
-        """Wait for a save under way; whether the last save was good. Raises SaveError after too many failures."""
+        """Wait for a save in progress; returns whether it succeeded. Raises SaveError after too many failures."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -60,9 +60,9 @@ class CheckpointSaver:
         return self._failed == 0
 
     def finish(self, save_again: Callable[[], None], pause_s: float = 1.0) -> None:
-        """Wait for the last save; if it failed, `save_again` until one succeeds, with growing pauses.
+        """Wait for the last save; if it failed, call `save_again` until one succeeds, with growing pauses.
 
-        A run may not call itself done before that. Raises SaveError after too many failures, as any save.
+        A run must not be reported as done before that. Raises SaveError after too many failures, like any save.
         """
         while not self.wait():
             time.sleep(pause_s)
@@ -70,7 +70,7 @@ class CheckpointSaver:
             save_again()
 
     def close(self) -> None:
-        """Wait for a save under way and ignore its failure, which has been reported: the run ends in any case."""
+        """Wait for a save in progress, ignoring its failure, which has been reported: the run ends in any case."""
         with contextlib.suppress(SaveError):
             self.wait()
 
@@ -101,7 +101,7 @@ class CheckpointSaver:
             fsync_folder(self._folder)
             self._say(f"saved {self._folder / NEWEST} at step {step}")
             self._remove_old(path)
-        except Exception as error:  # whatever went wrong, the run must hear of it, and go on
+        except Exception as error:  # whatever went wrong, the run must learn of it and continue
             self._error = error
 
     def _remove_old(self, newest: Path) -> None:
@@ -111,7 +111,7 @@ class CheckpointSaver:
 
 
 def _room(folder: Path) -> str:
-    """How much the disk would still take: torch's own error of a full disk does not say that it is full."""
+    """The free space of the disk, because torch's error for a full disk does not say that it is full."""
     try:
         return f"; {shutil.disk_usage(folder).free / 2**20:.0f} MiB free"
     except OSError:
@@ -119,7 +119,7 @@ def _room(folder: Path) -> str:
 
 
 def to_host(value: Any) -> Any:
-    """A deep copy of a state with every tensor in host memory, sharing nothing with the training."""
+    """A deep copy of a state with every tensor in host memory, sharing nothing with the running training."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
@@ -141,7 +141,7 @@ def _point(name: Path, target: Path) -> None:
                 os.fsync(file.fileno())
         os.replace(temporary, name)
     finally:
-        # Where both names are already one file, POSIX makes replace a no-op that leaves the temporary behind.
+        # If both names are already the same file, POSIX makes replace a no-op that leaves the temporary behind.
         temporary.unlink(missing_ok=True)
 
 
@@ -152,16 +152,16 @@ def step_files(folder: Path) -> list[Path]:
 
 
 def candidates(folder: Path) -> list[Path]:
-    """Where a run's state may be found, the best place first."""
+    """The files that may hold a run's state, the best first."""
     newest = [path for path in [folder / NEWEST] if path.exists()]
     epochs = [(int(match.group(1)), path) for path in folder.iterdir() if (match := _EPOCH_FILE.fullmatch(path.name))]
     return newest + step_files(folder) + [path for _, path in sorted(epochs, reverse=True)]
 
 
 def find_checkpoint(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """Sweep up after killed writers, then read the newest good checkpoint; None if there has never been one.
+    """Clean up after killed writers, then read the newest good checkpoint; None if there has never been one.
 
-    A damaged file is named and passed over. Raises InputError if there are checkpoints and none is good.
+    A damaged file is reported and skipped. Raises InputError if there are checkpoints but none is good.
     """
     for name in sweep_temporaries(folder):
         say(f"removed {name}, left unfinished by an earlier run")

@@ -1,8 +1,8 @@
 """TensorBoard's numbers, texts and pictures, written so that a full disk never stops a run.
 
-The events are those of tensorboardX, but written here: its own writer hands them to a thread through a queue of ten;
-if the disk fails, that thread dies and the training waits for the queue forever. Here events wait in memory, go
-to the file together every half minute and at every save, and what a failing disk took of them is taken back.
+The events are tensorboardX's, but it does not write them: its writer passes them to a thread through a queue of ten,
+and if the disk fails, that thread dies and training waits for the queue forever. Here events wait in memory and are
+written together every half minute and at every save; whatever a failing disk wrote of them is removed again.
 
 A file is a sequence of records (TFRecord): length, its checksum, an event, its checksum.
 """
@@ -21,12 +21,12 @@ from runtime.distributed import is_main_process
 from runtime.terminal import say
 
 _MOST_WAITING = 100_000  # events kept while the disk fails; about 30 MB
-_files = itertools.count()  # several boards of one process within one second
+_files = itertools.count()  # distinguishes files that one process opens within one second
 
 
 class TensorBoard:
-    """Events under `folder`, written by rank 0 only. TensorBoard hides what an earlier start wrote from `first_step`
-    on, which a resumed run computes again.
+    """Events under `folder`, written by rank 0 only. TensorBoard hides values from `first_step` on that an earlier
+    start wrote, because a resumed run computes them again.
     """
 
     def __init__(self, folder: Path, first_step: int, every_s: float = 30.0) -> None:
@@ -46,7 +46,7 @@ class TensorBoard:
             ]
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        """Write each value under its tag at `step`, sooner or later."""
+        """Queue each value under its tag at `step`; all queued values are written every `every_s` seconds."""
         if not self._active:
             return
         from tensorboardX.proto import summary_pb2
@@ -79,12 +79,12 @@ class TensorBoard:
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits to the disk; if that fails, say so once, and keep it for the next time."""
+        """Write the queue to the disk; if that fails, warn once and keep it for the next time."""
         if not self._waiting:
             return
         self._flushed = time.monotonic()
         try:
-            self._path.parent.mkdir(exist_ok=True)  # not its parents: a lost mount must not be replaced by a folder
+            self._path.parent.mkdir(exist_ok=True)  # not its parents: a lost mount must not become a local folder
             append_bytes(self._path, b"".join(self._waiting))
         except OSError as error:
             if not self._failing:
@@ -96,7 +96,7 @@ class TensorBoard:
             self._waiting.clear()
 
     def close(self) -> None:
-        """Write what waits."""
+        """Write the queue."""
         self.flush()
 
 

@@ -179,7 +179,7 @@ def test_an_evaluation_looks_for_done(cluster, name):
     (run / "PREEMPTED").touch()
     done = cluster.batch(SCRIPTS / f"{name}.sbatch", DATA="demo", OUT=str(run))
     assert done.returncode == 1
-    assert f"{run} holds no DONE" in done.stderr
+    assert f"{run} has no DONE marker" in done.stderr
     assert cluster.asked("srun") == []
     (run / "DONE").touch()
     assert cluster.batch(SCRIPTS / f"{name}.sbatch", "--nb_knn", "5", DATA="demo", OUT=str(run)).returncode == 0

@@ -1,4 +1,4 @@
-"""Where the values of a training program's flags come from: flag, --resume, --config, recipe, default; and checks."""
+"""The values of a training program's flags (from flag, --resume, --config, recipe or default), and their checks."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from runtime.guards import InputError, input_errors
 from training import recipes
 from training.method import Method
 
-# Arguments that may change between two starts of one run: they do not touch its mathematics. How many processes share
-# the global batch is among them; the global batch itself is compared as `global_batch`.
+# Arguments that may change between two starts of one run, because they do not affect its mathematics. The number of
+# processes that share the global batch is one of them; the global batch itself is compared as `global_batch`.
 COSMETIC = frozenset({
     "allow_changed_args", "backend", "batch_size_per_gpu", "checkpoint_every_minutes", "checkpoint_every_steps",
     "compile", "config", "data_path", "deterministic", "device", "dist_url", "dry_run", "eval_every", "fsdp",
@@ -34,8 +34,8 @@ COSMETIC = frozenset({
 
 
 def parse(program: str, method: Method, doc: str, argv: list[str] | None) -> argparse.Namespace:
-    """Flags, then --config, then the recipe; `args.sources` tells where each value came from."""
-    args = parse_program(program, method.parser(), doc, argv, allow_abbrev=True)  # as DINO's own
+    """Parse flags, then --config, then the recipe; `args.sources` records the origin of each value."""
+    args = parse_program(program, method.parser(), doc, argv, allow_abbrev=True)  # as in DINO
     sources = dict.fromkeys(given_flags(method.parser, argv), "flag")
     if args.resume:
         for key, value in _arguments_of(Path(args.resume), method).items():
@@ -51,7 +51,7 @@ def parse(program: str, method: Method, doc: str, argv: list[str] | None) -> arg
 
 
 def _arguments_of(checkpoint: Path, method: Method) -> dict[str, Any]:
-    """The arguments of a checkpoint's run, but for what concerns one start of it. Raises InputError."""
+    """The arguments of a checkpoint's run, except those that concern a single start. Raises InputError."""
     saved = read_checkpoint(checkpoint).get("args")
     if not isinstance(saved, dict):
         raise InputError(f"--resume {checkpoint} records no arguments, so its run can't be continued")
@@ -60,13 +60,13 @@ def _arguments_of(checkpoint: Path, method: Method) -> dict[str, Any]:
 
 
 def resolve(args: argparse.Namespace, method: Method, sources: dict[str, str] | None = None) -> argparse.Namespace:
-    """Fill what nobody gave from the recipe, derive the rest, and check it all.
+    """Take values that were not given from the recipe, derive the rest, and check everything.
 
     Returns a copy with `sources` (flag, config, recipe NAME, default, or a derivation in words) and `notes`, lines
     that the user should read.
     """
     args = argparse.Namespace(**vars(args))
-    asked = sources is not None  # by a command line; a script's own namespace holds what it wants
+    asked = sources is not None  # by a command line; a script's own namespace is taken as it is
     sources = dict.fromkeys(vars(args), "default") | (sources or {})
     args.sources, args.notes = sources, []
     with input_errors():
@@ -86,19 +86,19 @@ def resolve(args: argparse.Namespace, method: Method, sources: dict[str, str] | 
     return args
 
 
-# Flags that choose a model; with any of them, --data_path demo is a data set like another.
+# Flags that choose a model; if any is given, --data_path demo is treated like any other data set.
 _MODEL_CHOICE = ("arch", "patch_size", "embed_dim", "depth", "num_heads", "img_size", "config", "init_from", "resume")
 
 
 def _recipe(args: argparse.Namespace, method: Method, asked: bool) -> str:
-    """The recipe to look up: the demo's own if its images are asked for and no model is."""
+    """The recipe to look up: the demo's own if its images are used and no model was chosen."""
     chosen = args.recipe != "auto" or any(args.sources.get(key) != "default" for key in _MODEL_CHOICE)
     own = "demo" in recipes.RECIPES.get(method.name, {}) and recipes.is_demo(args.data_path)
     return "demo" if own and asked and not chosen else args.recipe
 
 
 def _resolve_amp(args: argparse.Namespace) -> None:
-    """Let DINO's --use_fp16 stand for --amp, unless --amp was given more directly. Raises InputError if they clash."""
+    """Translate DINO's --use_fp16 to --amp, unless --amp was given more directly. Raises InputError if they clash."""
     if args.use_fp16 is None:
         return
     wanted, sources = "fp16" if args.use_fp16 else "none", args.sources
@@ -112,7 +112,7 @@ def _resolve_amp(args: argparse.Namespace) -> None:
 
 
 def cut_to_epochs(args: argparse.Namespace, *keys: str) -> None:
-    """Cut numbers of epochs to those of the run, with a note."""
+    """Limit numbers of epochs to those of the run, with a note."""
     for key in keys:
         if getattr(args, key) > args.epochs > 0:
             args.notes.append(
@@ -123,7 +123,7 @@ def cut_to_epochs(args: argparse.Namespace, *keys: str) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise InputError for values of common flags that cannot work, before anything heavy is done."""
+    """Raise InputError for values of common flags that cannot work, before any expensive work."""
     check_choice(args, "mode", backbones.MODES)
     check_choice(args, "optimizer", OPTIMIZERS)
     if not args.data_path and not args.replay:
@@ -153,7 +153,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def check_patches(args: argparse.Namespace, *keys: str) -> None:
-    """Sizes in pixels that a ViT of ours cuts into whole patches."""
+    """Raise InputError if one of our ViTs cannot divide these sizes, in pixels, into whole patches."""
     if backbones.ALIASES.get(args.arch, args.arch) not in backbones.FAMILIES["vit"]:
         return
     for key in keys:
@@ -167,7 +167,7 @@ def check_patches(args: argparse.Namespace, *keys: str) -> None:
 
 
 def saved(args: argparse.Namespace, method: Method) -> dict[str, Any]:
-    """The arguments as plain data, without what belongs to this process only."""
+    """The arguments as plain data, without those that belong to this process only."""
     return {key: plain(value) for key, value in vars(args).items() if key in _flags_of(method)}
 
 

@@ -1,4 +1,4 @@
-"""The backbone of a new run: the weights that it starts from, and which sizes of crops it can take."""
+"""The backbone of a new run: its initial weights, and the crop sizes that it accepts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def build_backbone(args: argparse.Namespace, **settings: Any) -> nn.Module:
 
 
 def load_initial_backbone(backbone: nn.Module, args: argparse.Namespace) -> None:
-    """Start from the backbone of --init_from, ours or a published one: its student's if it has one."""
+    """Load the backbone of --init_from, ours or a published one: the student's if the file has one."""
     with input_errors():
         content = pretrained.read(args.init_from)
         key = "student" if "student" in content else "teacher"
@@ -33,7 +33,7 @@ def load_initial_backbone(backbone: nn.Module, args: argparse.Namespace) -> None
 
 
 def check_crop_sizes(backbone: nn.Module, args: argparse.Namespace, *keys: str) -> None:
-    """Try one image of each size. Raises InputError naming the flag whose size the backbone can't take."""
+    """Try one image of each size. Raises InputError naming the flag whose size the backbone rejects."""
     backbone.eval()
     on_one_pixel, hooks = _watch_strided_convolutions(backbone)
     reduced_on_cpu = args.amp in ("bf16", "fp16") and getattr(args, "torch_device", None) == torch.device("cpu")
@@ -42,7 +42,7 @@ def check_crop_sizes(backbone: nn.Module, args: argparse.Namespace, *keys: str) 
         try:
             with torch.no_grad():
                 backbone(torch.zeros(1, args.in_chans, size, size))
-        except Exception as error:  # whatever a model raises for a size it cannot take
+        except Exception as error:  # whatever a model raises for a size it rejects
             raise InputError(f"--{key} {size}: {args.arch} cannot take images of that size ({error})") from error
         if on_one_pixel and reduced_on_cpu:
             raise InputError(
@@ -56,7 +56,7 @@ def check_crop_sizes(backbone: nn.Module, args: argparse.Namespace, *keys: str) 
 
 
 def _watch_strided_convolutions(model: nn.Module) -> tuple[list[nn.Module], list[Any]]:
-    """A list that fills, in later forwards, with strided convolutions that meet a one-pixel map; and its hooks."""
+    """A list to which later forwards add the strided convolutions that get a one-pixel map; and the hooks for it."""
     met: list[nn.Module] = []
 
     def look(layer: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:

@@ -1,8 +1,8 @@
-"""Settings that fit a few hundred or thousand images, if nobody chose others.
+"""Settings for a few hundred or thousand images, unless the user chose others.
 
-The published recipes are those of 1.28 million images. With a few thousand the same numbers mean hundreds of steps: a
-teacher that hardly moves, prototypes that no image ever reaches, a warm-up as long as the run. What is chosen here and
-why was found on runs of 4,000 images (docs/LOG.md); it is a place to start, not an optimum.
+The published recipes are for 1.28 million images. With a few thousand, the same numbers mean only hundreds of steps:
+the teacher hardly moves, some prototypes are never reached by any image, and the warm-up lasts as long as the run. The
+values here come from runs on 4,000 images (docs/LOG.md); they are a starting point, not an optimum.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ FEW = 20_000
 
 
 def fit_to_few_images(args: argparse.Namespace, images: int) -> None:
-    """Replace values that came from a published recipe, saying which and why; explicit ones and --recipe stay."""
+    """Replace values from a published recipe, noting which and why; explicit flags and an explicit --recipe win."""
     if images >= FEW or args.recipe != "auto":
         return
     chosen = []
@@ -32,7 +32,7 @@ def _choices(args: argparse.Namespace, images: int) -> list[tuple[str, Any, str]
     choices = [
         ("batch_size_per_gpu", batch, "more steps per epoch"),
         ("out_dim", 1024 if images < 5_000 else 4096, "as many prototypes as so few images can fill"),
-        ("momentum_teacher", 0.98 if images < 5_000 else 0.99, "a teacher that moves within few steps"),
+        ("momentum_teacher", 0.98 if images < 5_000 else 0.99, "so that the teacher moves within few steps"),
         ("teacher_temp", 0.04, "low: with few steps a higher one tends to collapse"),
         ("warmup_teacher_temp_epochs", 0, "nothing to warm up to"),
         ("warmup_epochs", min(args.warmup_epochs, max(1, args.epochs // 10)), "a tenth of the run"),

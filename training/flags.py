@@ -1,4 +1,4 @@
-"""The flags that every training program has. A program's own are added by its parser, through `new_parser`."""
+"""The flags common to all training programs. A program adds its own through `new_parser`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def new_parser(
     add_method_flags: Callable[[argparse._ArgumentGroup], None],
     add_view_flags: Callable[[argparse._ArgumentGroup], None],
 ) -> argparse.ArgumentParser:
-    """A parser with every common flag, and the method's own in the two groups that it fills.
+    """A parser with all common flags, and the method's own in the two groups that it fills.
 
-    Flags that belong to a recipe have no default here; `arguments.resolve` fills them in.
+    Flags set by recipes have no default here; `arguments.resolve` fills them in.
     """
     parser = argparse.ArgumentParser(name, add_help=False, formatter_class=HelpFormatter)
     _add_model_flags(parser.add_argument_group("model"))
@@ -39,18 +39,18 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
     add_flag(group, "--gamma", type=gamma_flag, default="auto",
              help="SimPool's exponent; None for a weighted mean; auto: 1.25 for tokens, 2.0 for maps")  # fmt: skip
     add_flag(group, "--patch_size", type=int, default=16, help="side of a ViT's patches, in pixels")
-    add_flag(group, "--embed_dim", type=int, help="width of a ViT, instead of the architecture's")
-    add_flag(group, "--depth", type=int, help="blocks of a ViT, instead of the architecture's")
-    add_flag(group, "--num_heads", type=int, help="attention heads of a ViT, instead of the architecture's")
+    add_flag(group, "--embed_dim", type=int, help="width of a ViT, in place of the architecture's")
+    add_flag(group, "--depth", type=int, help="number of a ViT's blocks, in place of the architecture's")
+    add_flag(group, "--num_heads", type=int, help="attention heads of a ViT, in place of the architecture's")
     add_flag(group, "--img_size", type=int, default=224, help="side of the global crops, in pixels")
     add_flag(group, "--in_chans", type=int, default=3, help="channels of the images")
     add_flag(group, "--drop_path_rate", type=float, help="stochastic depth of the student; 0 for none (by recipe)")
     add_flag(group, "--pos_embed_policy", default="exact", choices=("exact", "reference"),
-             help="how a SimPool ViT resamples its positions; reference: as the published weights did")  # fmt: skip
+             help="how a SimPool ViT resamples position embeddings; reference: as the published weights")  # fmt: skip
     add_flag(group, "--value_min", default="image", choices=("image", "batch"),
-             help="what SimPool's minimum is taken over: the image (paper) or the batch (published code)")  # fmt: skip
+             help="take SimPool's minimum over the image (paper) or the batch (published code)")  # fmt: skip
     add_flag(group, "--init_from", type=path_flag,
-             help="checkpoint whose backbone a new run starts from, ours or a published one")  # fmt: skip
+             help="checkpoint, ours or a published one, from whose backbone a new run starts")  # fmt: skip
 
 
 def _add_training_flags(group: argparse._ArgumentGroup) -> None:
@@ -64,18 +64,18 @@ def _add_training_flags(group: argparse._ArgumentGroup) -> None:
     add_flag(group, "--clip_grad", type=float, help="largest norm of each parameter's gradient; 0 for no clipping")
     add_flag(group, "--batch_size_per_gpu", type=int, help="images per process in one forward")
     add_flag(group, "--global_batch_size", type=int,
-             help="images per step over all processes, whatever their number: sets the batch per process, and "
+             help="images per step over all processes, however many there are: sets the batch per process, and "
                   "accumulates gradients if that exceeds --batch_size_per_gpu")  # fmt: skip
     add_flag(group, "--grad_accum", type=int, help="forwards per step; default 1, or as --global_batch_size needs")
     add_flag(group, "--epochs", type=int, default=100, help="passes over the data")
-    add_flag(group, "--max_steps", type=int, help="stop after that many steps; the schedules stay those of --epochs")
+    add_flag(group, "--max_steps", type=int, help="stop after this many steps; the schedules still follow --epochs")
     add_flag(group, "--grad_checkpointing", type=bool_flag, default=False,
              help="recompute the student's activations in backward: less memory, about a third more time")  # fmt: skip
     add_flag(group, "--fsdp", type=bool_flag, default=False,
              help="shard the models over the processes (FSDP2) instead of copying them to each, for models that "
                   "outgrow one device")  # fmt: skip
     add_flag(group, "--compile", type=bool_flag, default=False,
-             help="torch.compile the backbones; minutes at the start, for 6 %% per step of a ViT on a CPU")  # fmt: skip
+             help="torch.compile the backbones; takes minutes, and saves 6 %% per step of a ViT on a CPU")  # fmt: skip
     add_flag(group, "--amp", default="auto", choices=hardware.AMP_CHOICES,
              help="autocast; auto: bf16 on CUDA (fp16 if it lacks bf16), none elsewhere")  # fmt: skip
     add_flag(group, "--use_fp16", type=bool_flag, help="DINO's flag: true is --amp fp16, false is --amp none")
@@ -91,7 +91,7 @@ def _add_data_flags(group: argparse._ArgumentGroup) -> None:
         help="root with train/ (and val/), folder of images, list, tar shards, or demo",
     )
     add_flag(group, "--val_fraction", type=float, default=0.0,
-             help="hold this part of each class out for evaluation, if the data has no val/; 0 for none")  # fmt: skip
+             help="fraction of each class to hold out for evaluation, if the data has no val/; 0 for none")  # fmt: skip
     add_flag(group, "--subset", type=int, default=-1, help="use only the first images of each class; -1 for all")
     add_flag(group, "--num_workers", type=int, help="loader processes per training process; default: cores, at most 10")
     add_flag(group, "--on_bad_image", default="substitute", choices=("substitute", "raise"),
@@ -102,30 +102,30 @@ def _add_data_flags(group: argparse._ArgumentGroup) -> None:
 
 def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     add_flag(group, "--output_dir", type=path_flag, default=".",
-             help="folder of checkpoints and logs; a run there is continued")  # fmt: skip
+             help="folder for checkpoints and logs; a run found there is continued")  # fmt: skip
     add_flag(
         group, "--config", type=path_flag, help="JSON or YAML file with values of flags; a run's config.json is one"
     )
     add_flag(group, "--resume", type=path_flag,
-             help="checkpoint whose run is continued, with its arguments, in a new --output_dir")  # fmt: skip
-    add_flag(group, "--seed", type=int, default=0, help="seed of everything random, from 0 on")
+             help="continue this checkpoint's run, with its arguments, in a new --output_dir")  # fmt: skip
+    add_flag(group, "--seed", type=int, default=0, help="seed for everything random, 0 or more")
     add_flag(group, "--saveckp_freq", type=int, default=20, help="epochs between checkpoints kept for good; 0 for none")
     add_flag(group, "--checkpoint_every_steps", type=int, default=0, help="steps between saves; 0: at epochs only")
     add_flag(group, "--checkpoint_every_minutes", type=float, default=0, help="minutes between saves; 0: epochs only")
-    add_flag(group, "--keep_checkpoints", type=int, default=2, help="newest saves to keep, to fall back on")
+    add_flag(group, "--keep_checkpoints", type=int, default=2, help="number of the newest saves to keep as a fallback")
     add_flag(group, "--max_failed_saves", type=int, default=5, help="consecutive failed saves before the run stops")
     add_flag(group, "--max_bad_steps", type=int, default=5, help="consecutive refused steps before the run stops")
     add_flag(group, "--allow_changed_args", type=bool_flag, default=False,
              help="continue a run with arguments that change its mathematics")  # fmt: skip
     add_flag(group, "--eval_every", type=int, default=5, help="epochs between evaluations; 0 for none")
-    add_flag(group, "--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], help="neighbours of its k-NN")
+    add_flag(group, "--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], help="values of k for its k-NN")
     add_flag(group, "--temperature", type=float, default=0.07, help="temperature of its k-NN")
     add_flag(group, "--timeout", type=float, default=1800, help="seconds to wait for another process before giving up")
     add_flag(group, "--deterministic", type=bool_flag, default=False,
-             help="bit-exact on a GPU too, but slower (runs on a CPU always are)")  # fmt: skip
+             help="bit-exact on a GPU too, but slower (runs on a CPU always are bit-exact)")  # fmt: skip
     add_flag(group, "--report", type=bool_flag, default=True, help="write report.html and pictures")
     add_flag(group, "--replay", type=path_flag,
-             help="run the refused step of a replay_step*.pth file again, and stop")  # fmt: skip
+             help="repeat the refused step of a replay_step*.pth file, then stop")  # fmt: skip
     add_flag(group, "--requeue", type=bool_flag, default=False,
              help="when preempted in a SLURM job, put the job back into the queue")  # fmt: skip
-    add_flag(group, "--dry_run", action="store_true", help="print the resolved configuration, and stop")
+    add_flag(group, "--dry_run", action="store_true", help="print the resolved configuration, then stop")

@@ -41,9 +41,9 @@ from training.run import Run
 
 
 def train(args: argparse.Namespace, method: Method) -> int:
-    """Train as `args` say; returns the exit code. A run that is in `args.output_dir` is continued.
+    """Train as `args` say; returns the exit code. A run found in `args.output_dir` is continued.
 
-    `args` may come from the method's parser as they are, or from `training.arguments.parse`.
+    `args` may come straight from the method's parser, or from `training.arguments.parse`.
     """
     if not hasattr(args, "sources"):
         args = arguments.resolve(args, method)
@@ -75,7 +75,7 @@ def _train_locked(args: argparse.Namespace, method: Method, stop: StopRequest) -
 
 
 def _locked(folder: Path) -> FolderLock:
-    """The output folder: made, tried, and held for this run. Raises InputError."""
+    """Create the output folder, check that it can be written, and lock it for this run. Raises InputError."""
     check_writable(folder, "--output_dir")
     return FolderLock(folder)
 
@@ -87,8 +87,8 @@ def _train_in(folder: Path, args: argparse.Namespace, method: Method, stop: Stop
     loop = Loop(run, method, train, val, stop)
     found = continue_run(folder, loop)
     if on_main_process(lambda: loop.step >= run.total_steps and (folder / "DONE").exists()):
-        say(f"nothing to do: the run in {folder} is complete ({loop.step} steps). To start another, give another")
-        say("--output_dir; to train this one longer, more --epochs and --allow_changed_args true")
+        say(f"nothing to do: the run in {folder} is complete ({loop.step} steps). To start another, give a different")
+        say("--output_dir; to train this one longer, give more --epochs and --allow_changed_args true")
         return EXIT_DONE
     for line in first_screen(loop, val, found):
         say(line)
@@ -156,13 +156,13 @@ def continue_run(folder: Path, loop: Loop) -> Path | None:
 
 
 def take_over_log(before: Path, folder: Path) -> None:
-    """Begin the log of a run that is continued in a new folder with the one it had; later epochs are cut off it."""
+    """Copy the log of a run that continues in a new folder; later epochs are cut off."""
     if (before / "log.txt").is_file() and before.resolve() != folder.resolve():
         write_text_atomic(folder / "log.txt", (before / "log.txt").read_text(errors="replace"))
 
 
 def open_run(folder: Path, loop: Loop) -> CheckpointSaver:
-    """Make `folder` that of a run under way: no marker, no log rows that it will write again, its arguments."""
+    """Prepare `folder` for a run: remove markers and log rows that it will write again, and write its arguments."""
     args = loop.run.args
     with input_errors(f"--output_dir {folder} cannot be written"):
         for marker in ("DONE", "PREEMPTED"):
@@ -172,11 +172,11 @@ def open_run(folder: Path, loop: Loop) -> CheckpointSaver:
     return CheckpointSaver(folder, args.keep_checkpoints, args.max_failed_saves, say)
 
 
-# ------------------------------------------------------------------------------------------------ what is said
+# ------------------------------------------------------------------------------------------------ messages
 
 
 def first_screen(loop: Loop, val: ImageSource | None, found: Path | None) -> list[str]:
-    """What matters about a run before its first number; what to worry about comes last."""
+    """What the user should know about a run before its first result; notes and warnings come last."""
     run, args, plan = loop.run, loop.run.args, loop.run.plan
     parameters = sum(p.numel() for p in run.student.parameters()) / 1e6
     start = f"continuing {found} at step {loop.step} (epoch {loop.epoch})" if found else "a new run"
@@ -199,7 +199,7 @@ def first_screen(loop: Loop, val: ImageSource | None, found: Path | None) -> lis
 
 
 def settings(args: argparse.Namespace, method: Method) -> list[str]:
-    """What is not a flag's default, by where it came from, in lines of 80 columns."""
+    """The settings that are not defaults, grouped by origin, in lines of 80 columns."""
     by_source: dict[str, list[str]] = {}
     for key, value in arguments.saved(args, method).items():
         source = args.sources.get(key, "default")
@@ -213,7 +213,7 @@ def settings(args: argparse.Namespace, method: Method) -> list[str]:
 
 
 def configuration(args: argparse.Namespace, method: Method) -> list[str]:
-    """A line per argument: its value and where it came from."""
+    """A line per argument: its value and its origin."""
     shown = arguments.saved(args, method)
     return [f"  {key:28} {value!s:28} {args.sources.get(key, '')}" for key, value in shown.items()]
 
@@ -222,7 +222,7 @@ def configuration(args: argparse.Namespace, method: Method) -> list[str]:
 
 
 def write_pictures_and_report(loop: Loop, done: bool) -> None:
-    """The report of a run, with pictures if it is finished. Whatever happens here, it costs the run nothing."""
+    """Write a run's report, with pictures if it is finished. A failure here never affects the run."""
     try:
         if done and loop.watch is not None:
             for path in loop.watch.pictures(loop.folder):
@@ -235,7 +235,7 @@ def write_pictures_and_report(loop: Loop, done: bool) -> None:
 
 
 def what_next(folder: Path, args: argparse.Namespace) -> list[str]:
-    """The commands that a finished run asks for."""
+    """The commands to run after a finished run."""
     found = f"--pretrained_weights {folder / NEWEST} --data_path {args.data_path}"
     return [
         "next:",
@@ -246,7 +246,7 @@ def what_next(folder: Path, args: argparse.Namespace) -> list[str]:
 
 
 def leave_marker(folder: Path, done: bool, loop: Loop, stop: StopRequest) -> int:
-    """Write DONE or PREEMPTED, requeue if that was asked for, and return the exit code."""
+    """Write DONE or PREEMPTED, requeue the job if requested, and return the exit code."""
     marker = {"epoch": loop.epoch, "iteration": loop.step, "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
     if done:
         if is_main_process():
@@ -257,14 +257,14 @@ def leave_marker(folder: Path, done: bool, loop: Loop, stop: StopRequest) -> int
         _mark(folder / "PREEMPTED", {**marker, "signal": stop.name})
         if loop.run.args.requeue:
             requeue_slurm_job(say)
-    barrier()  # a launcher may end all processes when the first one leaves with another code than 0
+    barrier()  # a launcher may end all processes when the first one exits with a code other than 0
     say(f"stopped by {stop.name or 'a signal to another process'} after step {loop.step}; start again to continue")
-    # torchrun would take a code other than 0 for a failure and start the workers again.
+    # torchrun would treat a code other than 0 as a failure and restart the workers.
     return EXIT_DONE if "TORCHELASTIC_RUN_ID" in os.environ else EXIT_PREEMPTED
 
 
 def _mark(path: Path, content: dict[str, Any]) -> None:
-    """Write a marker; a disk that fails now, after the last save, costs the marker and not the exit code."""
+    """Write a marker. If the disk fails now, after the last save, the marker is lost but not the exit code."""
     try:
         write_json_atomic(path, content)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The loop: which step comes next, and what is read, logged, evaluated and saved around it."""
+"""The training loop: the order of steps, and the reading, logging, evaluating and saving around them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from training.state import check_same_run, load_training_state, model_config, tr
 
 @dataclasses.dataclass
 class Outputs:
-    """Where a run writes; the saver is rank 0's."""
+    """A run's output channels; only rank 0 has a saver."""
 
     saver: CheckpointSaver | None
     log: JsonLog
@@ -43,7 +43,7 @@ class Outputs:
 
 
 class Loop:
-    """A run's steps and epochs, from wherever it stands to its end."""
+    """A run's steps and epochs, from its current position to its end."""
 
     def __init__(
         self, run: Run, method: Method, train: ImageSource, val: ImageSource | None, stop: StopRequest
@@ -60,9 +60,9 @@ class Loop:
         self.meters = MetricLogger()
         self.results = LateReader(run.hardware.device)
         self.refused = RefusedSteps(run, method, train, self.folder)
-        self.epoch, self.step = 0, 0  # the next step, counted from the start of the run, and the epoch it belongs to
+        self.epoch, self.step = 0, 0  # the next step, counted from the start of the run, and its epoch
         self.bad_images = BadImages(train, args.max_bad_fraction)
-        self.failure: InputError | RunStopped | None = None  # of this process alone, until all have heard of it
+        self.failure: InputError | RunStopped | None = None  # of this process alone, until `share_failure`
         self.watch = method.watch(run, train, val)
         self.pace = Pace(run.plan.global_batch)
         self.out: Outputs | None = None
@@ -70,7 +70,7 @@ class Loop:
     # ---- state
 
     def state(self) -> dict[str, Any]:
-        """The checkpoint; all processes must ask for it."""
+        """The checkpoint's content; all processes must call this."""
         return training_state(self.run, self.method) | {
             "epoch": self.epoch,
             "args": arguments.saved(self.run.args, self.method),
@@ -81,21 +81,21 @@ class Loop:
         }
 
     def load(self, state: dict[str, Any], path: Path) -> None:
-        """Continue from a checkpoint of this run. Raises InputError if the run has become another one."""
+        """Continue from a checkpoint of this run. Raises InputError if it is of a different run."""
         check_same_run(self.run, self.method, self.train, state, path)
         load_training_state(self.run, self.method, state, path)
         self.meters.load_state_dict(state["meters"])
         self.refused.in_a_row = state["bad_in_a_row"]
         self.epoch, self.step = state["epoch"], state["iteration"]
         before, plan = state["config"]["global_batch"], self.run.plan
-        if before != plan.global_batch:  # accepted by the user: go on at the same part of the data
+        if before != plan.global_batch:  # accepted by the user: continue from the same fraction of the data
             seen = (self.step - self.epoch * state["config"]["steps_per_epoch"]) * before
             self.step = self.epoch * plan.steps_per_epoch + min(seen // plan.global_batch, plan.steps_per_epoch)
 
     def save(self) -> dict[str, Any]:
-        """Begin to save the state, on rank 0; returns it."""
+        """Start saving the state, on rank 0; returns it."""
         self.read_results(everything=True)
-        self.out.board.flush()  # before the save: what it will not compute again must be on the disk
+        self.out.board.flush()  # before the save: a resumed run will not write these values again
         state = self.state()
         if self.out.saver is not None:
             with self.deferred_errors():
@@ -103,21 +103,21 @@ class Loop:
         return state
 
     def kept_name(self) -> str | None:
-        """The name under which a save stays for good, if --saveckp_freq wants that of it."""
+        """The name under which a save is kept for good, or None if --saveckp_freq does not keep it."""
         every, at_end_of_epoch = self.run.args.saveckp_freq, self.step == self.epoch * self.run.plan.steps_per_epoch
         due = every and self.epoch and self.epoch % every == 0 and at_end_of_epoch
         return f"checkpoint{self.epoch:04d}.pth" if due else None
 
     @contextlib.contextmanager
     def deferred_errors(self) -> Iterator[None]:
-        """Defer an error that only this process sees until `share_failure` raises it on all: they wait in the step."""
+        """Defer an error that only this process sees until `share_failure` raises it on all, who wait in the step."""
         try:
             yield
         except (InputError, RunStopped) as error:
             self.failure = self.failure or error
 
     def share_failure(self) -> None:
-        """Raise on all processes, alike, if one has deferred an error."""
+        """Raise the same error on all processes if one of them has deferred it."""
         mine = None if self.failure is None else (str(self.failure), getattr(self.failure, "exit_code", EXIT_BAD_INPUT))
         met = [failure for failure in all_gather_objects(mine) if failure is not None]
         if self.failure is not None:
@@ -129,7 +129,7 @@ class Loop:
     def finish(self, done: bool, saved: dict[str, Any] | None = None) -> bool:
         """Write the final checkpoint, retrying until it succeeds, on all processes; returns `done`.
 
-        `saved` is the state if its save has begun already.
+        `saved` is the state if it is already being saved.
         """
         state, saver = saved or self.save(), self.out.saver
         if saver is not None:
@@ -141,7 +141,7 @@ class Loop:
     # ---- the run
 
     def go(self, out: Outputs) -> bool:
-        """Train to the end; whether it got there (False: asked to stop, and saved)."""
+        """Train to the end. Returns True once there, False if asked to stop (the state is then saved)."""
         self.out, run, args = out, self.run, self.run.args
         while self.epoch < args.epochs:
             if not self.train_epoch():
@@ -171,7 +171,7 @@ class Loop:
         return self.finish(done=True)
 
     def monitor(self) -> dict[str, float]:
-        """The watch's monitors, on TensorBoard too, with their warning."""
+        """The watch's monitors, also written to TensorBoard, with their warning."""
         values, warning = self.watch.monitor(self.epoch)
         self.out.board.scalars({f"monitor/{name}": value for name, value in values.items()}, self.step)
         if warning:
@@ -179,12 +179,12 @@ class Loop:
         return values
 
     def evaluate(self) -> dict[str, dict[str, Any]] | None:
-        """The watch's evaluation; None if the run was asked to stop within it, and has been saved."""
-        saved = self.save()  # an evaluation takes a while; a kill within it costs no training
+        """The watch's evaluation; None if the run was asked to stop during it, and has been saved."""
+        saved = self.save()  # an evaluation takes a while; being killed during it loses no training
         try:
             results = self.watch.evaluate(lambda: self.stop.requested)
         except Interrupted:
-            say(f"the evaluation of epoch {self.epoch} was given up; it starts over when the run goes on")
+            say(f"the evaluation of epoch {self.epoch} was interrupted; it starts over when the run continues")
             self.finish(done=False, saved=saved)
             return None
         for name, cases in results.items():  # {"k-NN": {"10": {"top1": 61.2}}} is eval/knn10_top1
@@ -198,7 +198,7 @@ class Loop:
         return results
 
     def write_report(self, state: str) -> Path | None:
-        """report.html on rank 0; None if it can't be written, which is a warning: a page is not worth a run."""
+        """Write report.html on rank 0; None, with a warning, if that fails, because a page must not end a run."""
         if not is_main_process():
             return None
         from evaluation import report
@@ -211,7 +211,7 @@ class Loop:
             return None
 
     def train_epoch(self) -> bool:
-        """The steps that are left of this epoch; False if the run was asked to stop before their end."""
+        """Run the remaining steps of this epoch; False if the run was asked to stop before the end."""
         run, args, per_epoch = self.run, self.run.args, self.run.plan.steps_per_epoch
         first = self.step - self.epoch * per_epoch
         last = min(per_epoch, run.total_steps - self.epoch * per_epoch)
@@ -241,7 +241,7 @@ class Loop:
         return True
 
     def step_batches(self, steps: int) -> Iterator[list[Any]]:
-        """The micro-batches of each of the next `steps` steps, on the device, with the wait for them measured."""
+        """The micro-batches of each of the next `steps` steps, on the device; the waiting time is measured."""
         if steps == 0:
             return
         wanted = itertools.islice(self.loader, steps * self.run.plan.accum)
@@ -254,10 +254,10 @@ class Loop:
                     self.bad_images.see(batch)
             yield group
 
-    # ---- what is read and logged
+    # ---- results and logs
 
     def read_results(self, everything: bool = False) -> Wishes:
-        """Take in the results of the steps that are due; whether any process wanted to stop or to save in them."""
+        """Read the results of the steps that are due; returns whether any process wanted to stop or to save."""
         stop = save = False
         for step, values in self.results.read(everything):
             result = dict(zip(self.method.results, values, strict=True))
@@ -271,7 +271,7 @@ class Loop:
         return Wishes(stop, save)
 
     def scalars(self, step: int, result: dict[str, float]) -> dict[str, float]:
-        """TensorBoard's values of a step."""
+        """A step's values for TensorBoard."""
         values = {f"train/{name}": result[name] for name in (*self.method.terms, "grad_norm")}
         values |= {f"optim/{name}": schedule[step] for name, schedule in self.run.schedules.items()}
         return values | {"perf/images_per_s": self.pace.images_per_s, "perf/data_wait": self.pace.data_wait}
@@ -285,7 +285,7 @@ class Loop:
         return f"{terms}  lr {lr:.2e}  {self.pace.images_per_s:.1f} images/s  data wait {self.pace.data_wait:.0%}"
 
     def epoch_row(self) -> dict[str, Any]:
-        """log.txt's object of this epoch."""
+        """The object that log.txt gets for this epoch."""
         last, schedules = self.step - 1, self.run.schedules
         row: dict[str, Any] = {"epoch": self.epoch, "iteration": self.step}
         row |= {f"train_{name}": value for name, value in self.meters.averages().items()}

@@ -1,4 +1,4 @@
-"""What one way of training brings; everything else that a run needs is the same for all, and lives in this room."""
+"""Method: what distinguishes one way of training; the rest of this package is shared by all of them."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def _no_watch(*_: Any) -> None:
 
 @dataclass(frozen=True)
 class Method:
-    """A training method, as a program hands it to `training.launch.train`.
+    """A training method, which a program passes to `training.launch.train`.
 
     Args:
         name: recorded in checkpoints as config["method"]; also names the method's recipes.
-        terms: the means that a step reports, the loss first, for example ("loss", "entropy", "kl").
+        terms: names of the means that a step reports, the loss first, for example ("loss", "entropy", "kl").
         parser: returns the program's argument parser (see `training.flags.new_parser`).
         build: (args, number of training images, device) -> Run.
-        step: (run, this process's micro-batches, number of the step, wishes) -> what `Means.report` returns.
-        loss_key: the name under which the loss's buffers stand in a checkpoint; None for a loss without buffers.
+        step: (run, this process's micro-batches, number of the step, wishes) -> the result of `Means.report`.
+        loss_key: the key of the loss's buffers in a checkpoint; None for a loss without buffers.
         check: (args) -> None; completes and checks the method's own arguments, raising InputError.
-        config: (args) -> what a reader of the checkpoint needs to know besides the backbone's settings.
+        config: (args) -> what a reader of the checkpoint needs besides the backbone's settings.
         watch: (run, training images, validation images or None) -> Watch, or None for a method without one.
-        cosmetic: the method's own flags that a continued run may change, since they don't touch its mathematics.
+        cosmetic: the method's own flags that a continued run may change because they don't affect its mathematics.
     """
 
     name: str
@@ -54,5 +54,5 @@ class Method:
 
     @property
     def results(self) -> tuple[str, ...]:
-        """The names of what a step returns."""
+        """The names of the values that a step returns."""
         return (*self.terms, "grad_norm", "bad", "stop", "save")

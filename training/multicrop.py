@@ -15,17 +15,17 @@ from training.arguments import check_patches
 
 
 def add_flags(group: argparse._ArgumentGroup) -> None:
-    """The flags of the crops; all but the size of local ones have their defaults in recipes."""
+    """The flags of the crops; recipes hold all their defaults except the size of local crops."""
     add_flag(group, "--global_crops_scale", type=float, nargs=2,
-             help="area of a global crop, smallest and largest fraction of the image's")  # fmt: skip
+             help="smallest and largest area of a global crop, as a fraction of the image's")  # fmt: skip
     add_flag(group, "--local_crops_number", type=int, help="small crops per image; 0 for none")
     add_flag(group, "--local_crops_scale", type=float, nargs=2,
-             help="area of a local crop, smallest and largest fraction of the image's")  # fmt: skip
+             help="smallest and largest area of a local crop, as a fraction of the image's")  # fmt: skip
     add_flag(group, "--local_crops_size", type=int, help="side of the local crops in pixels; default 3/7 of --img_size")
 
 
 def complete(args: argparse.Namespace) -> None:
-    """Derive the size of local crops if nobody gave it, and check everything. Raises InputError."""
+    """Derive the size of local crops if it was not given, and check everything. Raises InputError."""
     if args.local_crops_size is None:
         args.local_crops_size, args.sources["local_crops_size"] = local_size(args), "3/7 of img_size"
     at_least_one(args, "local_crops_size")
@@ -35,13 +35,13 @@ def complete(args: argparse.Namespace) -> None:
 
 
 def local_size(args: argparse.Namespace) -> int:
-    """3/7 of the global crop (96 for 224), in whole patches for a ViT."""
+    """3/7 of the global crop (96 for 224), rounded to whole patches for a ViT."""
     unit = args.patch_size if backbones.family(args.arch) == "vit" else 1
     return max(unit, round(args.img_size * 3 / 7 / unit) * unit)
 
 
 def crop_spec(args: argparse.Namespace) -> CropSpec:
-    """The augmentation's settings; checks the scales."""
+    """The augmentation's settings. Raises InputError if the scales are invalid."""
     return CropSpec(
         global_size=args.img_size,
         local_size=args.local_crops_size,

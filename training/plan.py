@@ -1,4 +1,4 @@
-"""How the images of a step are shared out: by process, and by forward."""
+"""How the images of a step are divided among processes and forwards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from runtime.guards import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The sizes that follow from the batch asked for, the data set and the number of processes."""
+    """The sizes that follow from the requested batch, the data set and the number of processes."""
 
     batch_size: int  # images per process and forward
     accum: int  # forwards per step
@@ -27,7 +27,7 @@ class Plan:
 
 
 def make_plan(args: argparse.Namespace, images: int) -> Plan:
-    """The plan for a data set of `images` images. Raises InputError if the batch can't be shared out or filled."""
+    """The plan for a data set of `images` images. Raises InputError if the batch can't be divided or filled."""
     rank, world_size = get_rank(), get_world_size()
     batch_size, accum = split_batch(args, world_size)
     sampler = TrainSampler(images, batch_size, accum, args.seed, rank, world_size)
@@ -35,9 +35,9 @@ def make_plan(args: argparse.Namespace, images: int) -> Plan:
 
 
 def split_batch(args: argparse.Namespace, world_size: int) -> tuple[int, int]:
-    """(images per process and forward, forwards per step) for the global batch that was asked for.
+    """(images per process and forward, forwards per step) for the requested global batch.
 
-    Raises InputError if it can't be shared equally, or only by forwards of a few images each.
+    Raises InputError if it can't be divided equally, or only into forwards of a few images each.
     """
     most, wanted = args.batch_size_per_gpu, args.global_batch_size
     if wanted is None:
@@ -54,7 +54,7 @@ def split_batch(args: argparse.Namespace, world_size: int) -> tuple[int, int]:
         return per_process // args.grad_accum, args.grad_accum
     accum = next(n for n in range(1, per_process + 1) if per_process % n == 0 and per_process // n <= most)
     fewest = -(-per_process // most)
-    if accum > 2 * fewest:  # a prime number of images ends in forwards of one image each
+    if accum > 2 * fewest:  # a prime number of images would need forwards of one image each
         near = [n * world_size for n in (per_process // fewest * fewest, -(-per_process // fewest) * fewest) if n]
         raise InputError(
             f"--global_batch_size {wanted} over {world_size} processes is {per_process} images each, which "

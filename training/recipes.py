@@ -1,7 +1,7 @@
 """Published recipes: from an architecture's name to the defaults of its family.
 
 The SimPool recipes are those of its paper's 100-epoch ImageNet-1k runs, for ViT-S/16, ResNet-50 and ConvNeXt-S;
-`dino` is DINO's own for ViT-S/16. A recipe sets only what differs between them; flags given by the user win.
+`dino` is DINO's own for ViT-S/16. A recipe sets only what differs between them; the user's flags win.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ _DINO = {
     "clip_grad": 3.0,
 }
 
-# What `--data_path demo` trains if no model is asked for: a small ViT in minutes on a laptop. The values are the quick
-# start's, for hundreds of steps instead of DINO's hundred thousand; docs/LOG.md tells how they were found.
+# What `--data_path demo` trains if no model is chosen: a small ViT, in minutes on a laptop. The values are those of the
+# quick start, for hundreds of steps instead of DINO's hundred thousand; docs/LOG.md tells how they were found.
 _DEMO = {
     **_DINO,
     "arch": "vit_small",
@@ -121,7 +121,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 def find(method: str, arch: str, recipe: str = "auto") -> tuple[str, dict[str, Any]]:
     """The full name and the values of a recipe; a method without recipes has an empty one, named "none".
 
-    For DINO `auto` and `simpool` mean the SimPool recipe of the architecture's family.
+    For DINO, `auto` and `simpool` mean the SimPool recipe of the architecture's family.
     Raises ValueError for an unknown recipe.
     """
     known = RECIPES.get(method, {})

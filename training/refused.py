@@ -1,4 +1,4 @@
-"""Refused steps: how many came in a row, the file that holds the last one, and running it again."""
+"""Refused steps: counting them, writing the last one to a replay file, and repeating it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from training.state import load_training_state, replay_arguments
 
 
 class RefusedSteps:
-    """Non-finite steps: how many came in a row, and the replay file of the one that is too many."""
+    """Counts consecutive non-finite steps, and stops the run with a replay file if there are too many."""
 
     def __init__(self, run: Run, method: Method, train: ImageSource, folder: Path) -> None:
         self.run, self.method, self.train, self.folder = run, method, train, folder
@@ -31,17 +31,17 @@ class RefusedSteps:
         self._recent: dict[int, list[list[int]]] = {}  # images of the last steps, by micro-batch
 
     def remember(self, step: int, batches: list[Any]) -> None:
-        """Keep which images a step has until its result is read."""
+        """Remember the images of a step until its result is read."""
         self._recent = {**dict(list(self._recent.items())[-3:]), step: [batch.index.tolist() for batch in batches]}
 
     def handle(self, step: int, result: dict[str, float], state: Callable[[], dict[str, Any]]) -> None:
         """Report a refused step, and stop the run on all ranks if there were too many in a row.
 
-        `state` gives the checkpoint, which holds nothing of the step.
+        `state` returns the checkpoint, which contains nothing of the step.
         """
         terms = ", ".join(f"{name} {result[name]:.4g}" for name in (*self.method.terms, "grad_norm"))
         if self.run.scaler.is_enabled() and math.isfinite(result[self.method.terms[0]]):
-            # Gradients that overflow are how fp16 finds its scale; a scale below 1 means that they do at any.
+            # fp16 finds its scale by letting gradients overflow; a scale below 1 means that they overflow at any scale.
             scale = self.run.scaler.get_scale()
             if scale >= 1:
                 return
@@ -69,13 +69,13 @@ class RefusedSteps:
             names = [[[self.train.name(i) for i in batch] for batch in rank] for rank in indices]
             try:
                 save_checkpoint({**state, "replay": {**replay, "names": names}}, path)
-            except (OSError, RuntimeError) as error:  # the run stops for a better reason than this one
+            except (OSError, RuntimeError) as error:  # the run is stopping for a more important reason
                 say(f"warning: {path} could not be written ({error}); the images of step {step} were {names}")
         return path
 
 
 def replay_step(args: argparse.Namespace, method: Method) -> int:
-    """Run the refused step of a replay file again, rank by rank in one process, and say what each gives.
+    """Repeat the refused step of a replay file, rank by rank in one process, and print each rank's result.
 
     Returns the exit code of a non-finite stop if any rank's numbers are not finite, else 0.
     """
@@ -89,7 +89,7 @@ def replay_step(args: argparse.Namespace, method: Method) -> int:
     fraction = saved.val_fraction
     train = open_images(saved.data_path, "train", saved.subset, saved.in_chans, val_fraction=fraction)
     run = method.build(saved, len(train), args.torch_device)
-    # The schedules followed the batch and the epochs of all processes of the run.
+    # The run's schedules depended on the batch and the epochs of all its processes.
     step, epoch, refused = replay["step"], replay["step"] // content["config"]["steps_per_epoch"], False
     run.schedules = {name: np.full(step + 1, value) for name, value in replay["schedules"].items()}
     images = run.views.dataset(train, saved.seed, "substitute")

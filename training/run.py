@@ -1,4 +1,4 @@
-"""A run: everything that a training step reads and changes, and what every method's step does with it.
+"""A run: everything that a training step reads and changes, and the operations common to every method's step.
 
 Shapes: B images per process and micro-batch, V views.
 """
@@ -35,24 +35,24 @@ Groups = list[dict[str, Any]]
 
 
 class Views(Protocol):
-    """From the images of a data set to what a model sees."""
+    """Turns the images of a data set into a model's input."""
 
     def dataset(self, source: ImageSource, seed: int, on_bad_image: str) -> Dataset:
-        """A data set of (epoch, index) pairs, whose `__getitems__` gives a whole micro-batch with `.to(device)`."""
+        """A data set of (epoch, index) pairs, whose `__getitems__` returns a whole micro-batch with `.to(device)`."""
 
     def on_device(self, batch: Any) -> list[Tensor]:
-        """The crops of a micro-batch as the model takes them, one (V·B, C, S, S) tensor per resolution."""
+        """The crops of a micro-batch, as model input: one (V·B, C, S, S) tensor per resolution."""
 
 
 class MicroBatch(NamedTuple):
-    """What a step sees of one forward: crops per resolution (V·B, C, S, S); and whether it is the step's last."""
+    """The input of one forward: crops per resolution (V·B, C, S, S), and whether it is the step's last."""
 
     crops: list[Tensor]
     last: bool
 
 
 class Wishes(NamedTuple):
-    """What this process wants of all at the end of a step: to stop, to save."""
+    """What this process asks of all processes at the end of a step: to stop, to save."""
 
     stop: bool = False
     save: bool = False
@@ -69,17 +69,17 @@ class Means:
         self._added = 0
 
     def add(self, **terms: Tensor) -> None:
-        """Add a micro-batch's terms, tensors of any shape and always the same names; gradients are not kept."""
+        """Add a micro-batch's terms: detached tensors of any shape, always under the same names."""
         for name, value in terms.items():
             value = value.detach()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._added += 1
 
     def over_ranks(self, wishes: Wishes, **counts: float) -> None:
-        """Divide each sum by its count (or 1) and by the micro-batches, and average over the processes."""
+        """Divide each sum by its count (default 1) and by the number of micro-batches, and average over processes."""
         sums = {name: value / counts[name] if name in counts else value for name, value in self._sums.items()}
         flat = [value.reshape(-1) for value in sums.values()]
-        # Filled on the device: a tensor made from Python numbers would be copied there, and the host would wait.
+        # Filled on the device: copying a tensor of Python numbers there would make the host wait.
         flat += [flat[0].new_full((1,), float(wish)) for wish in wishes]
         self._shared = torch.cat(flat) / self._added
         if get_world_size() > 1:
@@ -106,19 +106,19 @@ class Means:
 
 
 class Run:
-    """Everything that a step reads and changes. The models are put on the device here, and the optimizer is built.
+    """Everything that a step reads and changes. Moves the models to the device and builds the optimizer.
 
     Args:
         args: the program's arguments.
         choice: how the device computes, from `choose_hardware`.
-        student: the model that is trained, with `backbone` and `head`, on the CPU.
+        student: the trained model, with `backbone` and `head`, on the CPU.
         teacher: its average, or None.
         loss: a module; its buffers are saved with the run.
-        schedules: arrays (steps,) by TensorBoard's names: "lr", "wd", and what the method adds.
-        views: what the model sees of an image.
-        plan: how a step's images are shared out.
-        groups: from the student to the optimizer's parameter groups. Weight decay follows the schedule in groups that
-            don't set their own; a group's "lr_scale" multiplies the learning rate.
+        schedules: arrays (steps,) under TensorBoard's names: "lr", "wd", and those that the method adds.
+        views: turns images into the model's input.
+        plan: how a step's images are divided.
+        groups: returns the student's parameter groups. Weight decay follows the schedule in groups that don't set their
+            own; a group's "lr_scale" multiplies the learning rate.
     """
 
     def __init__(
@@ -137,10 +137,10 @@ class Run:
         if args.grad_checkpointing:
             student.backbone.set_grad_checkpointing(True)
         models = [model for model in (student, teacher) if model is not None]
-        if args.compile:  # in place, so that the names in checkpoints stay
+        if args.compile:  # in place, so that names in checkpoints do not change
             for model in models:
                 model.backbone.compile()
-        # What a whole copy of a sharded teacher is made from.
+        # The template for whole copies of a sharded teacher.
         self._skeleton = sharding.skeleton(teacher) if args.fsdp and teacher is not None else None
         models = [place(model, choice, args.fsdp) for model in models]
         self.teacher = models[1] if teacher is not None else None
@@ -157,7 +157,7 @@ class Run:
     # ---- a step
 
     def begin(self, step: int) -> int:
-        """Set the seeds, learning rate and weight decay of a step, and note BatchNorm's statistics; its epoch."""
+        """Set a step's seeds, learning rate and weight decay, and copy BatchNorm's statistics; returns its epoch."""
         seed_step(self.args.seed, step, self.plan.rank)
         for group in self.optimizer.param_groups:
             group["lr"] = float(self.schedules["lr"][step]) * group.get("lr_scale", 1.0)
@@ -167,30 +167,30 @@ class Run:
         return step // self.plan.steps_per_epoch
 
     def micro_batches(self, batches: Sequence[CropBatch]) -> Iterator[MicroBatch]:
-        """The micro-batches of a step as the model takes them."""
+        """The micro-batches of a step, as model input."""
         for i, batch in enumerate(batches):
             crops = self.views.on_device(batch)  # [(2B, C, S, S), (nB, C, s, s)]
             crops = [crop.contiguous(memory_format=self.hardware.memory_format) for crop in crops]
             yield MicroBatch(crops, last=i + 1 == len(batches))
 
     def exchange_gradients(self, now: bool) -> contextlib.AbstractContextManager:
-        """A context for forward and backward in which the processes exchange gradients only if `now` is true."""
+        """A context for forward and backward in which processes exchange gradients only if `now` is true."""
         skip = isinstance(self.student, DistributedDataParallel) and not now
         return self.student.no_sync() if skip else contextlib.nullcontext()
 
     def backward(self, loss: Tensor, accum: int) -> None:
-        """Add the gradients of one of `accum` micro-batches."""
+        """Accumulate the gradients of one of `accum` micro-batches."""
         self.scaler.scale(loss / accum).backward()
 
     def unscale(self) -> None:
-        """Take fp16's scale out of the gradients; before anything reads or changes them."""
+        """Divide fp16's loss scale out of the gradients; call this before anything reads or changes them."""
         self.scaler.unscale_(self.optimizer)
 
     def update(self, means: Means) -> tuple[Tensor, Tensor]:
-        """Clip and step, unless a mean or a gradient of any process is not finite: then nothing changes.
+        """Clip and step, unless a mean or a gradient of any process is not finite; then nothing changes.
 
-        Returns the norm of the gradients before clipping and whether the step was refused, 0-d tensors; the averages
-        of models, which follow, take the second as `skip`.
+        Returns two 0-d tensors: the norm of the gradients before clipping, and whether the step was refused, which the
+        averages of models that follow take as `skip`.
         """
         gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
         norms = clip_each_(gradients, self.args.clip_grad)
@@ -206,11 +206,11 @@ class Run:
 
     @property
     def bare_student(self) -> nn.Module:
-        """The student without DistributedDataParallel; its names are the teacher's."""
+        """The student without DistributedDataParallel, with the same names as the teacher."""
         return self.student.module if isinstance(self.student, DistributedDataParallel) else self.student
 
     def whole_teacher(self) -> nn.Module:
-        """The teacher for anything but a step: a copy if it is sharded, so all processes must ask for it."""
+        """The teacher for use outside a step; a copy if it is sharded, so all processes must call this."""
         if self._skeleton is None:
             return self.teacher
         return sharding.whole_copy(self.teacher, self._skeleton, self.hardware.device)

@@ -1,4 +1,4 @@
-"""A run as a checkpoint: DINO's keys, and what an exact resume and a reader of the file need as well."""
+"""A run as a checkpoint: DINO's keys, plus what an exact resume and a reader of the file need."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from training.run import Run
 
 
 def training_state(run: Run, method: Method) -> dict[str, Any]:
-    """Everything that trains, whatever the run's processes and sharding; all processes must ask for it."""
+    """The training state, independent of the number of processes and sharding; all processes must call this."""
     state = {
         "student": {f"module.{name}": value for name, value in run.bare_student.state_dict().items()},
         "optimizer": run.optimizer.state_dict(),
@@ -56,7 +56,7 @@ def _load(run: Run, method: Method, state: dict[str, Any]) -> None:
 
 
 def model_config(run: Run, method: Method, train: ImageSource) -> dict[str, Any]:
-    """What a reader of the checkpoint needs to build the model, and what identifies the run."""
+    """What is needed to build the model from the checkpoint, and what identifies the run."""
     args = run.args
     config = {key: getattr(args, key) for key in (*MODEL_KEYS, *POLICY_KEYS)}
     if args.mode == "official":
@@ -69,7 +69,7 @@ def model_config(run: Run, method: Method, train: ImageSource) -> dict[str, Any]
 
 
 def check_same_run(run: Run, method: Method, train: ImageSource, state: dict[str, Any], path: Path) -> None:
-    """Refuse to continue a run whose mathematics changed; mention what else did. Raises InputError."""
+    """Report changed arguments. Raises InputError if they change the run's mathematics."""
     if "iteration" not in state or "config" not in state:
         raise InputError(
             f"{path} was not written by this program, so its run cannot be continued exactly; start a new one in "
@@ -78,7 +78,7 @@ def check_same_run(run: Run, method: Method, train: ImageSource, state: dict[str
     before = state["config"].get("method", "dino")
     if before != method.name:
         raise InputError(
-            f"{path} is of a run by {before}, which {method.name} can't continue; start a new run in another "
+            f"{path} is from a run by {before}, which {method.name} can't continue; start a new run in another "
             f"--output_dir, from its backbone with --init_from {path}"
         )
     serious, harmless = _changes(run, method, train, state)
@@ -86,15 +86,15 @@ def check_same_run(run: Run, method: Method, train: ImageSource, state: dict[str
         say(f"changed since the run was saved: {', '.join(harmless)}")
     if serious and not run.args.allow_changed_args:
         raise InputError(
-            f"{path} is of a run with other arguments: {'; '.join(serious)}. Restore them, choose another "
+            f"{path} is from a run with other arguments: {'; '.join(serious)}. Restore them, choose another "
             "--output_dir, or accept the change with --allow_changed_args true"
         )
     if serious:
-        say(f"warning: the run goes on with changed arguments: {'; '.join(serious)}")
+        say(f"warning: the run continues with changed arguments: {'; '.join(serious)}")
 
 
 def _changes(run: Run, method: Method, train: ImageSource, state: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """What changed since the run was saved: what touches its mathematics, and what doesn't."""
+    """What changed since the run was saved: changes that affect its mathematics, and those that don't."""
     old, new = dict(state["args"]), arguments.saved(run.args, method)
     old |= {key: state["config"].get(key) for key in ("global_batch", "data")}
     new |= {"global_batch": run.plan.global_batch, "data": train.fingerprint()}

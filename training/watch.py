@@ -1,4 +1,4 @@
-"""What is looked at between epochs: signs of collapse, an evaluation, pictures at the end."""
+"""Watching a run between epochs: signs of collapse, an evaluation, and pictures at the end."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from training.run import Run
 
 
 class Watch(Protocol):
-    """What the loop asks for; only the loop writes to log.txt, TensorBoard and the terminal."""
+    """What the loop calls; only the loop writes to log.txt, TensorBoard and the terminal."""
 
     can_evaluate: bool
 
     def monitor(self, epoch: int) -> tuple[dict[str, float], str | None]:
-        """Values that tell how training goes, and a warning if they look bad; all processes ask for it."""
+        """Values that show how training is going, and a warning if they look bad; all processes must call this."""
 
     def evaluate(self, should_stop: Callable[[], bool]) -> dict[str, dict[str, Any]]:
-        """What log.txt gets, for example {"k-NN": {"10": {"top1": ..., "top5": ...}}}, in percent; on all processes.
+        """Values for log.txt, such as {"k-NN": {"10": {"top1": ..., "top5": ...}}}, in percent, on all processes.
 
-        Raises evaluation.features.Interrupted once `should_stop` says so.
+        Raises evaluation.features.Interrupted once `should_stop` returns True.
         """
 
     def pictures(self, folder: Path) -> list[Path]:
-        """Draw what a finished run shows into PNG files; all processes ask, one draws. Raises ValueError."""
+        """Draw a finished run's pictures as PNG files; all processes call this, one draws. Raises ValueError."""
 
 
 class TeacherWatch:
@@ -46,12 +46,12 @@ class TeacherWatch:
         self._probe = self._probe_images()
 
     def _probe_images(self) -> Tensor | None:
-        """Images that the monitors look at all through the run, on rank 0."""
+        """The images that the monitors use throughout the run, on rank 0."""
         if not is_main_process():
             return None
         try:
             return monitors.probe_batch(self.train, self.run.args.img_size)
-        except InputError as error:  # an image that can't be read is no reason not to train
+        except InputError as error:  # an unreadable image must not prevent training
             say(f"no collapse monitors: {error}")
             return None
 

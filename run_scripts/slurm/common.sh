@@ -1,9 +1,10 @@
-# Sourced by the batch scripts here: Python, meeting point, and `launch PROGRAM flags...`, which runs a program on every
-# task of the job. From the environment: OUT (output folder), DATA (images), LAUNCHER (srun, or torchrun).
+# Sourced by the batch scripts here: sets up Python and the meeting point, and defines `launch PROGRAM flags...`, which
+# runs a program in every task of the job. From the environment: OUT (output folder), DATA (images), LAUNCHER (srun or
+# torchrun).
 #
-# NCCL needs no setting where its own choice of network is right. If ranks cannot connect, or too slowly, name the
-# interface: NCCL_SOCKET_IFNAME=ib0 (or eth0 ...), NCCL_IB_HCA=mlx5 for the InfiniBand adapters; NCCL_DEBUG=INFO prints
-# what it chose. Exported before sbatch they reach every task.
+# NCCL needs no settings if it chooses the right network. If ranks cannot connect, or only slowly, name the interface:
+# NCCL_SOCKET_IFNAME=ib0 (or eth0 ...), NCCL_IB_HCA=mlx5 for the InfiniBand adapters; NCCL_DEBUG=INFO prints the choice.
+# Variables exported before sbatch reach every task.
 
 root=${SLURM_SUBMIT_DIR:-$PWD}
 if [ ! -f "$root/main_dino.py" ]; then
@@ -21,7 +22,7 @@ source "$root/run_scripts/environment.sh"
 use_environment
 mkdir -p "$OUT/logs"
 
-# The first node is where the ranks meet; the port follows from the job's number, below those that systems hand out.
+# The ranks meet on the first node. The port follows from the job's number, below the range that systems assign.
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 MASTER_ADDR=${hosts%%$'\n'*}
 MASTER_PORT=$((20000 + SLURM_JOB_ID * 31 % 12000))
@@ -43,9 +44,9 @@ launch() { # program, flags...
     fi
 }
 
-require_done() { # a preempted job may end well too: only the marker tells that the pretraining is complete
+require_done() { # a preempted job may exit with 0 too: only the marker shows that the pretraining is complete
     if [ ! -e "$OUT/DONE" ]; then
-        echo "$OUT holds no DONE: its pretraining is not complete, so there is nothing to evaluate yet" >&2
+        echo "$OUT has no DONE marker: its pretraining is not complete, so there is nothing to evaluate yet" >&2
         exit 1
     fi
 }

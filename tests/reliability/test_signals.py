@@ -128,7 +128,7 @@ def test_a_signal_breaks_an_evaluation_off(whole: Whole, tmp_path, world):
     ranks.wait_for("evaluating", rank=world - 1)
     os.kill(ranks.pids[world - 1], signal.SIGUSR1)
     assert ranks.wait() == [PREEMPTED] * world, ranks.text()
-    assert "evaluation of epoch 0 was given up" in ranks.text(0)
+    assert "evaluation of epoch 0 was interrupted" in ranks.text(0)
     assert ranks.text(0).count("at step 3") == 1, "what was saved before the evaluation was saved again"
     assert json.loads((folder / "PREEMPTED").read_text())["iteration"] == 3
     assert not (folder / "log.txt").exists() or rows(folder) == []
