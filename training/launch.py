@@ -131,14 +131,14 @@ def open_data(args: argparse.Namespace) -> tuple[ImageSource, ImageSource | None
     if not args.eval_every:
         return train, None
     if train.labels is None:
-        args.notes.append("no evaluation while training: the images have no labels")
+        args.notes.append("no k-NN evaluation while training: the images have no labels")
         return train, None
     try:
         val = open_images(args.data_path, "val", in_chans=args.in_chans, **held_out)
         check_same_classes(train, val)
     except InputError as error:
         advice = "" if args.val_fraction else "; --val_fraction 0.1 holds a tenth of each class out for it"
-        args.notes.append(f"no evaluation while training: {error}{advice}")
+        args.notes.append(f"no k-NN evaluation while training: {error}{advice}")
         return train, None
     return train, val
 

@@ -49,7 +49,7 @@ def test_raising_at_a_bad_file_stops_every_rank(one_broken, tmp_path):
     codes = ranks.wait(60)
     assert codes[1] == EXIT_BAD_INPUT
     assert codes[0] != 0
-    assert "can't be decoded" in ranks.text(1)
+    assert "is not an image in a known format" in ranks.text(1)
 
 
 def test_a_killed_loader_worker_ends_the_run_within_ten_seconds(small, tmp_path):
