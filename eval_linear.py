@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from data.parts import Part
 from data.sampler import TrainSampler
 from data.source import ImageSource
 from evaluation import cached, features, heads, identity, labelled, linear, logistic, options, records
@@ -178,7 +179,9 @@ def prepare(args: argparse.Namespace, folder: Path) -> Task:
     channels = options.channels(loaded.config)
     train, val = labelled.open_labelled(args.data_path, args.subset, channels, args.val_fraction)
     if args.on_bad_image == "skip":  # a probe reads each image in every epoch: it must know beforehand which count
-        train = labelled.Part(train, features.readable(train, args.num_workers))
+        readable = features.readable(train, args.num_workers)
+        left_out = np.setdiff1d(np.arange(len(train)), readable).tolist()
+        train = Part(train, readable, f"without {left_out}") if left_out else train
     if args.num_labels is not None and args.num_labels < len(train.classes):
         raise InputError(
             f"--num_labels {args.num_labels}, but the images have {len(train.classes)} classes; leave it out"

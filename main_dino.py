@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 import backbones
-import pretrained
 from data.augment import DataAugmentationDINO
 from data.train_set import CropBatch
 from data.views import MultiCropViews
@@ -31,15 +30,15 @@ from distill.losses import DINOLoss
 from distill.multicrop import MultiCropWrapper
 from optim.clipping import cancel_gradients_last_layer
 from optim.schedules import cosine_scheduler
-from runtime.checks import above_zero, at_least_one, from_zero_to_one, zero_or_more
+from runtime.checks import above_zero, at_least_one, at_most, from_zero_to_one, zero_or_more
 from runtime.cli import add_flag, bool_flag
 from runtime.guards import input_errors, run_program
 from runtime.reproduce import fix_random_seeds
 from training import arguments, flags, launch, multicrop
-from training.backbone import check_crop_sizes, load_initial_backbone
+from training.backbone import build_backbone, check_crop_sizes, load_initial_backbone
 from training.method import Method
 from training.plan import make_plan
-from training.run import Means, Run, Wishes, choose_hardware, common_schedules
+from training.run import NO_WISHES, Means, Run, Wishes, choose_hardware, common_schedules
 from training.watch import TeacherWatch
 
 __all__ = ["DINOLoss", "DataAugmentationDINO", "get_args_parser", "train_dino"]
@@ -48,7 +47,7 @@ __all__ = ["DINOLoss", "DataAugmentationDINO", "get_args_parser", "train_dino"]
 # ------------------------------------------------------------------------------------------------ the step
 
 
-def train_step(run: Run, batches: list[CropBatch], step: int, wishes: Wishes = Wishes()) -> Tensor:  # noqa: B008
+def train_step(run: Run, batches: list[CropBatch], step: int, wishes: Wishes = NO_WISHES) -> Tensor:
     """One optimizer step on this process's micro-batches. If any rank's numbers are not finite, nothing changes.
 
     Returns the result of `Means.report`, on the device and equal on all ranks: (loss, entropy, kl, grad_norm, bad,
@@ -101,10 +100,9 @@ def build(args: argparse.Namespace, images: int, device: torch.device) -> Run:
 
 def build_models(args: argparse.Namespace) -> tuple[MultiCropWrapper, MultiCropWrapper]:
     """Student and teacher with the same backbone, pooling, gamma and head; only the student has drop path."""
-    model = {key: getattr(args, key) for key in (*pretrained.MODEL_KEYS, *pretrained.POLICY_KEYS)}
     with input_errors():
-        backbone = backbones.build_backbone(**model, drop_path_rate=args.drop_path_rate)
-        teacher_backbone = backbones.build_backbone(**model)
+        backbone = build_backbone(args, drop_path_rate=args.drop_path_rate)
+        teacher_backbone = build_backbone(args)
         check_crop_sizes(teacher_backbone, args, "img_size", "local_crops_size")
     width = backbone.num_features
     student = MultiCropWrapper(
@@ -141,6 +139,7 @@ def _check(args: argparse.Namespace) -> None:
     """Complete and check the method's own arguments. Raises InputError."""
     arguments.cut_to_epochs(args, "warmup_teacher_temp_epochs", "freeze_last_layer")
     at_least_one(args, "out_dim")
+    at_most(args, out_dim=10_000_000)
     zero_or_more(args, "warmup_teacher_temp_epochs", "freeze_last_layer")
     above_zero(args, "teacher_temp", "warmup_teacher_temp")
     from_zero_to_one(args, "momentum_teacher")

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.datasets import FileSource, open_images
+from data.datasets import FileSource, has_val, open_images
 from data.decode import BadImage
 from data.source import ImageSource, PackedStrings
-from evaluation import attention, examples, film, labelled, options, records
+from evaluation import attention, examples, film, options, records
 from evaluation.attention_figure import figure_of_maps, save_png
 from evaluation.models import LoadedModel, load_checkpoint_model
 from runtime.cli import add_flag, parse_program
@@ -136,7 +136,7 @@ def open_selection(args: argparse.Namespace) -> tuple[ImageSource, np.ndarray]:
         if args.data_path.partition(":")[0] == "demo" and not Path(args.data_path).exists() and in_chans == 3:
             source = examples.Photographs()
         else:
-            split = "val" if labelled.has_val(args.data_path) else "train"
+            split = "val" if has_val(args.data_path) else "train"
             source = open_images(args.data_path, split, -1, in_chans)
         return source, spread(source, most or len(source))
     files: list[str] = []

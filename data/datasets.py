@@ -67,8 +67,8 @@ def open_images(
     found_in = "train" if val_fraction else split
     try:
         source = _open_path(path, found_in, in_chans, check)
-        if val_fraction:
-            _check_no_val(path)
+        if val_fraction and has_val(path):
+            raise InputError(f"--data_path {path} has val images already: leave out --val_fraction")
     except (OSError, RuntimeError) as error:  # RuntimeError: no such user in ~name
         raise InputError(f"--data_path {path} can't be opened: {error}") from error
     if check:
@@ -187,20 +187,19 @@ def _tell_of_neighbours(path: Path) -> None:
         )
 
 
-def _check_no_val(path: str) -> None:
-    """Raise `InputError` if a set that --val_fraction should divide is divided already."""
+def has_val(data_path: str | os.PathLike) -> bool:
+    """Whether the images at `data_path` are divided into train and val."""
+    path = str(data_path)
     place = Path(path).expanduser()
-    split = path.partition(":")[0] == "demo" and not place.exists()
     if place.is_dir():
         lists = any((place / f"val{suffix}").is_file() for suffix in LIST_SUFFIXES)
-        split = lists or (place / "val").is_dir() or bool(split_shards(place, "val"))
-    elif place.suffix.lower() in LIST_SUFFIXES:
+        return lists or (place / "val").is_dir() or bool(split_shards(place, "val"))
+    if place.suffix.lower() in LIST_SUFFIXES:
         try:
-            split = place.stem != "val" and bool(read_rows(place, "val"))
+            return place.stem != "val" and bool(read_rows(place, "val"))
         except InputError:  # no split column
-            split = False
-    if split:
-        raise InputError(f"--data_path {path} has val images already: leave out --val_fraction")
+            return False
+    return path.partition(":")[0] == "demo" and not place.exists()
 
 
 def _check_readable(source: ImageSource) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from evaluation.forms import Form, interleaved_weight
+from pretrained import without_prefix
 from runtime.checkpoint import read_checkpoint
 from runtime.guards import InputError
 from runtime.terminal import say
@@ -41,7 +42,7 @@ def read_head(path: Path) -> SavedHead:
     saved = read_checkpoint(path)
     state = saved.get("state_dict", saved)
     state = state if isinstance(state, Mapping) else {}
-    state = {str(name).removeprefix("module."): value for name, value in state.items()}
+    state = without_prefix({str(name): value for name, value in state.items()}, "module.")
     weight, bias = state.get("linear.weight"), state.get("linear.bias")
     if not (isinstance(weight, Tensor) and isinstance(bias, Tensor) and weight.ndim == 2):
         raise InputError(f"{path} holds no linear head: no linear.weight and linear.bias under state_dict")

@@ -2,40 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
-from pathlib import Path
-
 import numpy as np
 
-from data.datasets import open_images
+from data.datasets import has_val, open_images
 from data.decode import Picture
-from data.shards import split_shards
 from data.source import ImageSource
 from evaluation.features import require_labels
-from runtime.guards import InputError
 from runtime.terminal import say
-
-_SPLIT_SEED = 0x5A11  # one split for every evaluation of a data set, whatever the seed of its heads
-
-
-class Part(ImageSource):
-    """Some images of another source, in the order of `indices`."""
-
-    def __init__(self, source: ImageSource, indices: np.ndarray):
-        self._source, self._indices = source, np.asarray(indices, dtype=np.int64)
-        labels = None if source.labels is None else source.labels[self._indices]
-        identity = source.fingerprint().encode() + hashlib.sha256(self._indices.tobytes()).digest()
-        super().__init__(len(self._indices), labels, source.classes, source.in_chans, identity, source.where)
-
-    def open(self, i: int) -> Picture:
-        return self._source.open(int(self._indices[i]))
-
-    def read(self, i: int) -> bytes:
-        return self._source.read(int(self._indices[i]))
-
-    def name(self, i: int) -> str:
-        return self._source.name(int(self._indices[i]))
 
 
 class Joined(ImageSource):
@@ -77,46 +50,15 @@ def open_labelled(
     val_fraction: for a set without a split, the part of each class that is held out as val, always the same images.
     Raises InputError if labels, a class or the split is missing, or if there is a split already.
     """
-    if val_fraction is None:
-        train, val = open_images(data_path, "train", subset, in_chans), open_images(data_path, "val", -1, in_chans)
-    else:
-        if has_val(data_path):
-            raise InputError(
-                f"--val_fraction {val_fraction:g}: {data_path} has a val split already; leave the flag out"
-            )
-        whole = open_images(data_path, "train", subset, in_chans)
-        if whole.labels is None:
-            raise InputError(f"--val_fraction: {whole.where} has no labels; put the images into one folder per class")
-        kept, held_out = split_by_class(whole.labels, val_fraction)
-        train, val = Part(whole, kept), Part(whole, held_out)
-        say(f"no val split at {data_path}: {len(held_out)} of {len(whole)} images held out as val")
+    train = open_images(data_path, "train", subset, in_chans, val_fraction=val_fraction or 0.0)
+    val = open_images(data_path, "val", -1, in_chans, val_fraction=val_fraction or 0.0)
+    if val_fraction:
+        say(f"no val split at {data_path}: {len(val)} images, a part of each class, are held out as val")
     require_labels(train, val)
     return train, val
-
-
-def split_by_class(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """(kept, held out) indices: `fraction` of each class, at least one image, and never all of a class."""
-    rng = np.random.default_rng(_SPLIT_SEED)
-    held_out = []
-    for c in np.unique(labels):
-        members = rng.permutation(np.flatnonzero(labels == c))
-        held_out.append(members[: min(max(1, round(fraction * len(members))), len(members) - 1)])
-    held_out = np.sort(np.concatenate(held_out))
-    return np.setdiff1d(np.arange(len(labels)), held_out), held_out
 
 
 def open_all(data_path: str, subset: int, in_chans: int) -> ImageSource:
     """Every image at `data_path`, val after train if the set is divided."""
     train = open_images(data_path, "train", subset, in_chans)
     return Joined([train, open_images(data_path, "val", -1, in_chans)]) if has_val(data_path) else train
-
-
-def has_val(data_path: str) -> bool:
-    """Whether the images at `data_path` are divided into train and val."""
-    path = Path(data_path).expanduser()
-    if str(data_path).partition(":")[0] == "demo" and not path.exists():
-        return True
-    if path.is_file():
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return path.suffix != ".tar" and "split" in re.split(r"[,\t\s]+", file.readline().strip().lower())
-    return path.is_dir() and (any(path.glob("val")) or any(path.glob("val.*")) or bool(split_shards(path, "val")))

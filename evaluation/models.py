@@ -11,11 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import backbones
 import pretrained
+from data.decode import Picture
+from data.eval_set import central_square
+from data.loader import normalize
+from evaluation.features import eval_resize
 from pretrained import MODEL_KEYS, POLICY_KEYS
 from runtime.checkpoint import file_sha256, read_checkpoint
 from runtime.guards import InputError, input_errors
@@ -32,6 +37,23 @@ class LoadedModel:
     path: str = ""
     epoch: int | None = None
     notes: list[str] = field(default_factory=list)
+
+    def preprocess(self, image: Any) -> Tensor:
+        """A photograph as the evaluations show it to the model: (1, C, S, S) float32, normalised, on its device.
+
+        image: a PIL image, or uint8 pixels (H, W, C). The shorter side is resized, the central square cut out.
+        """
+        channels = self.config.get("in_chans") or 3
+        if hasattr(image, "convert"):
+            image = image.convert({1: "L", 3: "RGB", 4: "RGBA"}.get(channels, image.mode))
+        pixels = np.array(image)
+        pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != channels:
+            raise ValueError(f"pixels {pixels.dtype} {pixels.shape}: give uint8 (H, W, {channels}), or a PIL image")
+        size = self.config.get("img_size") or 224
+        size = max(size) if isinstance(size, list | tuple) else size
+        square = central_square(Picture.from_array(pixels), size, eval_resize(size))
+        return normalize(square[None].to(next(self.model.parameters()).device))
 
 
 def load_checkpoint_model(

@@ -11,21 +11,14 @@ import torch
 
 from data.eval_set import ON_BAD_IMAGE
 from evaluation.features import eval_resize
-from runtime.cli import HelpFormatter, add_flag, add_launcher_flags, float_or_none
+from pretrained import MODEL_KEYS, POLICY_KEYS
+from runtime.cli import HelpFormatter, add_flag, add_launcher_flags, gamma_flag
 from runtime.guards import InputError
 from runtime.hardware import cpu_count
 
-MODEL_FLAGS = (
-    "arch", "mode", "gamma", "patch_size", "img_size", "in_chans", "embed_dim", "depth", "num_heads",
-    "pos_embed_policy", "value_min",
-)  # fmt: skip
+MODEL_FLAGS = (*MODEL_KEYS, *POLICY_KEYS)
 LARGEST_SIDE = 16_384  # pixels; a mistyped size fails here and not in the allocator
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def gamma_flag(value: str) -> str | float | None:
-    """`auto`, a number, or None (SimPool without its exponent)."""
-    return "auto" if value == "auto" else float_or_none(value)
 
 
 def default_workers() -> int:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from optim.sharding import local
+from pretrained import without_prefix
 
 
 class ParameterAverage:
@@ -16,8 +17,8 @@ class ParameterAverage:
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
-        source = {name.removeprefix("module."): p for name, p in student.named_parameters()}
-        pairs = [(name.removeprefix("module."), p) for name, p in teacher.named_parameters()]
+        source = without_prefix(dict(student.named_parameters()), "module.")
+        pairs = without_prefix(dict(teacher.named_parameters()), "module.").items()
         missing = [name for name, _ in pairs if name not in source]
         if missing:
             raise ValueError(f"the student has no parameter for the teacher's {', '.join(missing[:5])}")

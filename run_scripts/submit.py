@@ -31,7 +31,9 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         usage="submit.py [options] -- FLAGS OF main_dino.py",
     )  # fmt: skip
     parser.add_argument("--nodes", type=int, default=1, help="nodes (default 1)")
-    parser.add_argument("--ngpus", type=int, default=8, help="GPUs per node, one task each; 0: CPU tasks (default 8)")
+    parser.add_argument(
+        "--ngpus", type=int, default=8, help="GPUs per node, one task each; 0 for CPU tasks (default 8)"
+    )
     parser.add_argument("--tasks", type=int, help="tasks per node of a job without GPUs (default 1)")
     parser.add_argument("--cpus_per_task", type=int, default=10, help="cores per task (default 10)")
     parser.add_argument("--time", default="24:00:00", help="time limit of a start; the job requeues itself (24:00:00)")

@@ -23,6 +23,14 @@ def at_least_one(args: argparse.Namespace, *keys: str, optional: bool = False) -
             raise InputError(f"--{key} {value}: must be at least 1" + (", or be left out" if optional else ""))
 
 
+def at_most(args: argparse.Namespace, **bounds: int) -> None:
+    """No more than what anybody has use for: a mistyped number fails here and not in an allocator."""
+    for key, bound in bounds.items():
+        value = getattr(args, key)
+        if value is not None and value > bound:
+            raise InputError(f"--{key} {value}: must be at most {bound}; is it mistyped?")
+
+
 def zero_or_more(args: argparse.Namespace, *keys: str) -> None:
     """Finite numbers from 0 on."""
     for key in keys:

@@ -39,6 +39,11 @@ def float_or_none(value: str | float | None) -> float | None:
         raise argparse.ArgumentTypeError(f"{value!r} is neither a number nor None") from error
 
 
+def gamma_flag(value: str | float | None) -> float | str | None:
+    """Parse SimPool's exponent: a number, `None`, or `auto` for the architecture's own."""
+    return "auto" if isinstance(value, str) and value.lower() == "auto" else float_or_none(value)
+
+
 def path_flag(value: str) -> str:
     """Parse a path: `~` is the home folder, also after `=`, which the shell leaves alone. Empty is an error."""
     if not value.strip() or "\0" in value:

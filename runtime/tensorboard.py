@@ -1,4 +1,4 @@
-"""TensorBoard's scalars, written so that a full disk never stops a run.
+"""TensorBoard's numbers, texts and pictures, written so that a full disk never stops a run.
 
 The events are tensorboardX's, but it does not write them: its writer passes them to a thread through a queue of ten,
 and if the disk fails, that thread dies and training waits for the queue forever. Here events wait in memory and are
@@ -25,7 +25,7 @@ _files = itertools.count()  # distinguishes files that one process opens within 
 
 
 class TensorBoard:
-    """Scalars under `folder`, written by rank 0 only. TensorBoard hides values from `first_step` on that an earlier
+    """Events under `folder`, written by rank 0 only. TensorBoard hides values from `first_step` on that an earlier
     start wrote, because a resumed run computes them again.
     """
 
@@ -49,11 +49,32 @@ class TensorBoard:
         """Queue each value under its tag at `step`; all queued values are written every `every_s` seconds."""
         if not self._active:
             return
-        from tensorboardX.proto import event_pb2, summary_pb2
+        from tensorboardX.proto import summary_pb2
 
         pairs = [summary_pb2.Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
-        event = event_pb2.Event(wall_time=time.time(), step=step, summary=summary_pb2.Summary(value=pairs))
-        self._waiting.append(_record(event))
+        self._add(summary_pb2.Summary(value=pairs), step)
+
+    def text(self, tag: str, markdown: str, step: int) -> None:
+        """Show a text under its tag."""
+        if self._active:
+            from tensorboardX.summary import text
+
+            self._add(text(tag, markdown), step)
+
+    def picture(self, tag: str, png: bytes, step: int) -> None:
+        """Show the picture of a PNG file under its tag."""
+        if not self._active:
+            return
+        from tensorboardX.proto import summary_pb2
+
+        width, height = struct.unpack(">II", png[16:24])  # of the header, which comes first in every PNG file
+        image = summary_pb2.Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
+        self._add(summary_pb2.Summary(value=[summary_pb2.Summary.Value(tag=tag, image=image)]), step)
+
+    def _add(self, summary, step: int) -> None:
+        from tensorboardX.proto import event_pb2
+
+        self._waiting.append(_record(event_pb2.Event(wall_time=time.time(), step=step, summary=summary)))
         if time.monotonic() - self._flushed >= self._every_s:
             self.flush()
 

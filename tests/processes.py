@@ -30,7 +30,7 @@ class Ranks:
     def pids(self) -> list[int]:
         return [process.pid for process in self.processes]
 
-    def wait(self, timeout_s: float = 120) -> list[int]:
+    def wait(self, timeout_s: float = 600) -> list[int]:
         """Exit codes by rank; processes that outlast the time are killed and fail the test."""
         deadline = time.monotonic() + timeout_s
         for process in self.processes:
@@ -47,7 +47,7 @@ class Ranks:
         chosen = self.outputs if rank is None else [self.outputs[rank]]
         return "\n".join(path.read_text(errors="replace") for path in chosen if path.exists())
 
-    def wait_for(self, words: str, rank: int = 0, timeout_s: float = 60) -> None:
+    def wait_for(self, words: str, rank: int = 0, timeout_s: float = 300) -> None:
         """Wait until a rank has printed `words`."""
         deadline = time.monotonic() + timeout_s
         while words not in self.text(rank):

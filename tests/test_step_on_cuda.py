@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 import main_dino
 import vision_transformer
@@ -20,9 +21,32 @@ from data.datasets import open_images
 from data.train_set import CropBatch, TrainSet
 from tests.pretraining import FAMILIES, VIT
 from training.multicrop import crop_spec
-from training.run import Run
+from training.run import Run, Wishes
 
 CUDA = torch.device("cuda", 0)
+
+
+class NoBlockingCopy(TorchFunctionMode):
+    """Refuses what copies from the host to a CUDA device and makes the host wait; tensors without content don't see it.
+
+    Those are tensors made on the device from Python numbers, and copies without non_blocking.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        made = func in (torch.tensor, torch.as_tensor, Tensor.new_tensor)
+        on_device = kwargs.get("device") or (args[0].device if func is Tensor.new_tensor else None)
+        if made and on_device is not None and torch.device(on_device).type == "cuda":
+            raise AssertionError(f"{func.__name__} copies Python numbers to the device, and the host waits")
+        if func in (Tensor.to, Tensor.cuda, Tensor.copy_) and not kwargs.get("non_blocking"):
+            source, targets = (args[1], [args[0]]) if func is Tensor.copy_ else (args[0], [*args[1:], *kwargs.values()])
+            devices = [getattr(target, "device", target) for target in targets]
+            to_cuda = func is Tensor.cuda or any(isinstance(d, torch.device) and d.type == "cuda" for d in devices)
+            if isinstance(source, Tensor) and source.device.type == "cpu" and to_cuda:
+                raise AssertionError(f"{func.__name__} copies from the host to the device, and the host waits")
+        return func(*args, **kwargs)
+
+
 DEMO = ["--batch_size_per_gpu", "3", "--data_path", "demo", "--device", "cpu", "--freeze_last_layer", "0"]
 RUNS = {
     "vit": [*VIT, "--amp", "bf16"],
@@ -100,7 +124,8 @@ def test_a_step_never_waits_for_the_device(step, flags):
     everything on the device.
     """
     run, batches = step(flags)
-    result = main_dino.train_step(run, batches, 0)
+    with NoBlockingCopy():
+        result = main_dino.train_step(run, batches, 0, Wishes(stop=True, save=False))
     assert result.device == CUDA
     assert result.shape == (len(main_dino.METHOD.results),)
     tensors = [*run.student.state_dict().values(), *run.teacher.state_dict().values(), run.loss.center]
@@ -113,6 +138,24 @@ def test_a_question_is_found(step, monkeypatch):
     monkeypatch.setattr(run.average, "update", lambda momentum, skip: skip.item())
     with pytest.raises(DataDependentOutputException):
         main_dino.train_step(run, batches, 0)
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        lambda on_device: on_device.new_tensor([1.0]),
+        lambda on_device: torch.tensor([1.0], device=CUDA),
+        lambda on_device: torch.zeros(1).to(CUDA),
+        lambda on_device: torch.zeros(1).to(device=CUDA),
+        lambda on_device: on_device.copy_(torch.zeros(1)),
+    ],
+)
+def test_a_blocking_copy_is_found(contentless_cuda, copy):
+    """Each way of bringing numbers from the host that makes it wait."""
+    with FakeTensorMode():
+        on_device = torch.empty(1, device=CUDA)
+        with NoBlockingCopy(), pytest.raises(AssertionError, match="the host waits"):
+            copy(on_device)
 
 
 @pytest.mark.parametrize("name", ["vit", "official vit", "resnet", "convnext"])

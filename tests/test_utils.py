@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,8 @@ import torch
 import utils
 import vision_transformer as vits
 from distill.heads import DINOHead
+
+ROOT = Path(__file__).resolve().parents[1]
 
 DINO_NAMES = {
     "vision_transformer": "VisionTransformer vit_tiny vit_small vit_base DINOHead Block Attention Mlp PatchEmbed "
@@ -61,3 +66,16 @@ def test_a_training_script_written_against_dino(tmp_path):
     assert attention.shape == (1, 3, 25, 25)
     assert features[0].shape == (1, 25, 3 * 192)
     assert [t.shape for t in model.get_intermediate_layers(torch.randn(1, 3, 32, 32), 4)] == [(1, 17, 192)] * 4
+
+
+def test_a_clone_named_dino_inside_another_project(tmp_path):
+    """A project whose folder dino/ is this repository, put on sys.path by an __init__.py of the project's own."""
+    clone = tmp_path / "dino"
+    clone.mkdir()
+    for entry in ROOT.iterdir():
+        if not entry.name.startswith("."):
+            (clone / entry.name).symlink_to(entry)
+    (clone / "__init__.py").write_text("import os, sys\nsys.path.insert(0, os.path.dirname(__file__))\n")
+    code = "import dino.vision_transformer as vits; print(vits.__dict__['vit_tiny'](patch_size=16).embed_dim)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == "192", done.stderr

@@ -11,7 +11,7 @@ import backbones
 from optim.optimizers import OPTIMIZERS
 from runtime import hardware
 from runtime.checkpoint import plain, read_checkpoint
-from runtime.checks import above_zero, at_least_one, check_choice, from_zero_to_one, zero_or_more
+from runtime.checks import above_zero, at_least_one, at_most, check_choice, from_zero_to_one, zero_or_more
 from runtime.cli import (
     given_flags,
     parse_program,
@@ -19,7 +19,6 @@ from runtime.cli import (
 )
 from runtime.guards import InputError, input_errors
 from training import recipes
-from training.flags import MODES
 from training.method import Method
 
 # Arguments that may change between two starts of one run, because they do not affect its mathematics. The number of
@@ -76,7 +75,7 @@ def resolve(args: argparse.Namespace, method: Method, sources: dict[str, str] | 
         if getattr(args, key, None) is None or (asked and name == "demo" and sources.get(key) == "default"):
             setattr(args, key, value)
             sources[key] = f"recipe {name}"
-    if is_demo(args.data_path) and sources["output_dir"] == "default" and asked:
+    if recipes.is_demo(args.data_path) and sources["output_dir"] == "default" and asked:
         args.output_dir, sources["output_dir"] = f"runs/demo_{args.arch}", "from --data_path demo"
     _resolve_amp(args)
     if args.num_workers is None:
@@ -91,15 +90,10 @@ def resolve(args: argparse.Namespace, method: Method, sources: dict[str, str] | 
 _MODEL_CHOICE = ("arch", "patch_size", "embed_dim", "depth", "num_heads", "img_size", "config", "init_from", "resume")
 
 
-def is_demo(data_path: str | None) -> bool:
-    """Whether the images are the built-in ones."""
-    return (data_path or "").partition(":")[0] == "demo"
-
-
 def _recipe(args: argparse.Namespace, method: Method, asked: bool) -> str:
     """The recipe to look up: the demo's own if its images are used and no model was chosen."""
     chosen = args.recipe != "auto" or any(args.sources.get(key) != "default" for key in _MODEL_CHOICE)
-    own = "demo" in recipes.RECIPES.get(method.name, {}) and is_demo(args.data_path)
+    own = "demo" in recipes.RECIPES.get(method.name, {}) and recipes.is_demo(args.data_path)
     return "demo" if own and asked and not chosen else args.recipe
 
 
@@ -130,7 +124,7 @@ def cut_to_epochs(args: argparse.Namespace, *keys: str) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Raise InputError for values of common flags that cannot work, before any expensive work."""
-    check_choice(args, "mode", MODES)
+    check_choice(args, "mode", backbones.MODES)
     check_choice(args, "optimizer", OPTIMIZERS)
     if not args.data_path and not args.replay:
         raise InputError("--data_path is missing: a folder of images, a list, tar shards, or demo for the built-in set")
@@ -140,6 +134,10 @@ def check(args: argparse.Namespace) -> None:
         args, "lr", "min_lr", "weight_decay", "weight_decay_end", "clip_grad", "drop_path_rate", "warmup_epochs",
         "eval_every", "saveckp_freq", "num_workers", "checkpoint_every_steps", "checkpoint_every_minutes",
         "max_failed_saves", "max_bad_steps", "seed",
+    )  # fmt: skip
+    at_most(
+        args, epochs=1_000_000, img_size=16_384, in_chans=10_000, embed_dim=65_536, depth=1_000, num_heads=4_096,
+        batch_size_per_gpu=1_000_000, global_batch_size=100_000_000, grad_accum=1_000_000, num_workers=1_000,
     )  # fmt: skip
     above_zero(args, "temperature", "timeout")
     from_zero_to_one(args, "max_bad_fraction")

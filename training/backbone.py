@@ -8,8 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import backbones
 import pretrained
 from runtime.guards import InputError, input_errors
+
+
+def build_backbone(args: argparse.Namespace, **settings: Any) -> nn.Module:
+    """The backbone that the flags describe, with random weights. Raises ValueError as `backbones.build_backbone`."""
+    described = {key: getattr(args, key) for key in (*pretrained.MODEL_KEYS, *pretrained.POLICY_KEYS)}
+    return backbones.build_backbone(**described, **settings)
 
 
 def load_initial_backbone(backbone: nn.Module, args: argparse.Namespace) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
+from backbones import MODES
 from optim.optimizers import OPTIMIZERS
 from runtime import hardware
-from runtime.cli import HelpFormatter, add_flag, add_launcher_flags, bool_flag, float_or_none, path_flag
-
-MODES = ("official", "simpool")
+from runtime.cli import HelpFormatter, add_flag, add_launcher_flags, bool_flag, gamma_flag, path_flag
 
 
 def new_parser(
@@ -130,8 +129,3 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     add_flag(group, "--requeue", type=bool_flag, default=False,
              help="when preempted in a SLURM job, put the job back into the queue")  # fmt: skip
     add_flag(group, "--dry_run", action="store_true", help="print the resolved configuration, then stop")
-
-
-def gamma_flag(value: str) -> float | str | None:
-    """The type of --gamma: a number, None, or auto."""
-    return "auto" if value == "auto" else float_or_none(value)

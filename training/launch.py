@@ -37,6 +37,7 @@ from training.few_images import fit_to_few_images
 from training.loop import Loop, Outputs
 from training.method import Method
 from training.refused import replay_step
+from training.run import Run
 
 
 def train(args: argparse.Namespace, method: Method) -> int:
@@ -82,7 +83,7 @@ def _locked(folder: Path) -> FolderLock:
 def _train_in(folder: Path, args: argparse.Namespace, method: Method, stop: StopRequest) -> int:
     train, val = open_data(args)
     fit_to_few_images(args, len(train))
-    run = method.build(args, len(train), args.torch_device)
+    run = build(args, method, len(train))
     loop = Loop(run, method, train, val, stop)
     found = continue_run(folder, loop)
     if on_main_process(lambda: loop.step >= run.total_steps and (folder / "DONE").exists()):
@@ -93,6 +94,7 @@ def _train_in(folder: Path, args: argparse.Namespace, method: Method, stop: Stop
         say(line)
     saver = on_main_process(lambda: open_run(folder, loop), keep_local=True)
     board = TensorBoard(folder / "tensorboard", loop.step)
+    board.text("configuration", "\n".join(f"    {line}" for line in configuration(args, method)), loop.step)
     try:
         done = loop.go(Outputs(saver, JsonLog(folder / "log.txt"), board))
     finally:
@@ -102,15 +104,29 @@ def _train_in(folder: Path, args: argparse.Namespace, method: Method, stop: Stop
     code = leave_marker(folder, done, loop, stop)
     if args.report:
         write_pictures_and_report(loop, done)
+        board.close()  # again, for the pictures
     if done:
         for line in what_next(folder, args):
             say(line)
     return code
 
 
+def build(args: argparse.Namespace, method: Method, images: int) -> Run:
+    """The method's run. Raises InputError if it doesn't fit into memory."""
+    try:
+        return method.build(args, images, args.torch_device)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate" not in str(error):
+            raise
+        raise InputError(
+            f"the model does not fit into memory ({str(error).strip().splitlines()[0]}); choose a smaller --arch, "
+            "--out_dim or --embed_dim, or share it with --fsdp true"
+        ) from error
+
+
 def open_data(args: argparse.Namespace) -> tuple[ImageSource, ImageSource | None]:
     """Training images, and validation images if an evaluation is wanted and possible."""
-    held_out = {"val_fraction": args.val_fraction, "seed": args.seed}
+    held_out = {"val_fraction": args.val_fraction}  # one division, whatever --seed: the evaluations' too
     train = open_images(args.data_path, "train", args.subset, args.in_chans, **held_out)
     if not args.eval_every:
         return train, None
@@ -169,7 +185,7 @@ def first_screen(loop: Loop, val: ImageSource | None, found: Path | None) -> lis
         f"output: {loop.folder}; {start}",
         f"code: {get_sha()}",
         f"device: {device_line(run.hardware.device)}",
-        *run.hardware.lines,
+        *textwrap.wrap("; ".join(run.hardware.lines), 80, subsequent_indent="  "),
         f"images: {len(loop.train)} to train on" + (f", {len(val)} to evaluate on" if val is not None else ""),
         f"global batch: {plan.global_batch} = {plan.batch_size} images x {plan.accum} forward(s) x {get_world_size()} "
         f"process(es); {plan.steps_per_epoch} steps per epoch, {run.total_steps} in all; "
@@ -209,7 +225,8 @@ def write_pictures_and_report(loop: Loop, done: bool) -> None:
     """Write a run's report, with pictures if it is finished. A failure here never affects the run."""
     try:
         if done and loop.watch is not None:
-            loop.watch.pictures(loop.folder)
+            for path in loop.watch.pictures(loop.folder):
+                loop.out.board.picture(path.stem, path.read_bytes(), loop.step)
     except (ValueError, OSError) as error:
         say(f"no pictures: {error}")
     page = loop.write_report("done" if done else "preempted")

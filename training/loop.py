@@ -83,7 +83,7 @@ class Loop:
     def load(self, state: dict[str, Any], path: Path) -> None:
         """Continue from a checkpoint of this run. Raises InputError if it is of a different run."""
         check_same_run(self.run, self.method, self.train, state, path)
-        load_training_state(self.run, self.method, state)
+        load_training_state(self.run, self.method, state, path)
         self.meters.load_state_dict(state["meters"])
         self.refused.in_a_row = state["bad_in_a_row"]
         self.epoch, self.step = state["epoch"], state["iteration"]

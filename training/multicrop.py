@@ -9,7 +9,7 @@ import argparse
 
 import backbones
 from data.augment import CropSpec
-from runtime.checks import at_least_one
+from runtime.checks import at_least_one, at_most
 from runtime.cli import add_flag
 from training.arguments import check_patches
 
@@ -29,6 +29,7 @@ def complete(args: argparse.Namespace) -> None:
     if args.local_crops_size is None:
         args.local_crops_size, args.sources["local_crops_size"] = local_size(args), "3/7 of img_size"
     at_least_one(args, "local_crops_size")
+    at_most(args, local_crops_size=16_384, local_crops_number=1_000)
     check_patches(args, "local_crops_size")
     crop_spec(args)
 

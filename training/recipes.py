@@ -131,3 +131,8 @@ def find(method: str, arch: str, recipe: str = "auto") -> tuple[str, dict[str, A
     if name not in known:
         raise ValueError(f"--recipe {recipe!r} is unknown; choose {', '.join(['auto', *known])}")
     return name, known[name]
+
+
+def is_demo(data_path: str | None) -> bool:
+    """Whether the images are the built-in ones."""
+    return (data_path or "").partition(":")[0] == "demo"

@@ -80,20 +80,21 @@ def replay_step(args: argparse.Namespace, method: Method) -> int:
     Returns the exit code of a non-finite stop if any rank's numbers are not finite, else 0.
     """
     content = read_checkpoint(args.replay)
-    if "schedules" not in content.get("replay", {}):
+    if not _is_replay(content):
         raise InputError(f"--replay {args.replay} is no replay file of this version; look for replay_stepNNNNNNNN.pth")
     recorded = content["config"].get("method", "dino")
     if recorded != method.name:
         raise InputError(f"--replay {args.replay} is of a run by {recorded}; replay it with that program")
     saved, replay = replay_arguments(args, content), content["replay"]
-    train = open_images(saved.data_path, "train", saved.subset, saved.in_chans)
+    fraction = saved.val_fraction
+    train = open_images(saved.data_path, "train", saved.subset, saved.in_chans, val_fraction=fraction)
     run = method.build(saved, len(train), args.torch_device)
     # The run's schedules depended on the batch and the epochs of all its processes.
     step, epoch, refused = replay["step"], replay["step"] // content["config"]["steps_per_epoch"], False
     run.schedules = {name: np.full(step + 1, value) for name, value in replay["schedules"].items()}
     images = run.views.dataset(train, saved.seed, "substitute")
     for rank, groups in enumerate(replay["images"]):
-        load_training_state(run, method, content)
+        load_training_state(run, method, content, Path(args.replay))
         run.plan = dataclasses.replace(run.plan, rank=rank, steps_per_epoch=content["config"]["steps_per_epoch"])
         batches = [images.__getitems__([(epoch, i) for i in group]).to(args.torch_device) for group in groups]
         result = dict(zip(method.results, method.step(run, batches, step, Wishes()).tolist(), strict=True))
@@ -101,3 +102,19 @@ def replay_step(args: argparse.Namespace, method: Method) -> int:
         say(f"step {step}, rank {rank}: {terms}: {'not finite, refused' if result['bad'] else 'finite'}")
         refused = refused or bool(result["bad"])
     return EXIT_NON_FINITE if refused else EXIT_DONE
+
+
+def _is_replay(content: dict[str, Any]) -> bool:
+    """Whether a file holds what a replay reads."""
+    replay, config = content.get("replay"), content.get("config")
+    if not isinstance(replay, dict) or not isinstance(config, dict) or not isinstance(content.get("args"), dict):
+        return False
+    schedules, images = replay.get("schedules"), replay.get("images")
+    numbers = [replay.get("step"), config.get("steps_per_epoch")]
+    try:
+        indices = [index for rank in images for group in rank for index in group]
+        values = [float(value) for value in schedules.values()]
+    except (TypeError, AttributeError, ValueError):
+        return False
+    whole = all(type(number) is int and number >= 0 for number in (*numbers, *indices))
+    return whole and numbers[1] > 0 and bool(values) and bool(indices) and len(images[0][0]) > 0

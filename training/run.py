@@ -58,6 +58,9 @@ class Wishes(NamedTuple):
     save: bool = False
 
 
+NO_WISHES = Wishes()
+
+
 class Means:
     """The means of a step's numbers over its micro-batches and over all processes, exchanged in one all-reduce."""
 

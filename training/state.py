@@ -9,7 +9,7 @@ from typing import Any
 import backbones
 from data.source import ImageSource
 from optim import sharding
-from pretrained import MODEL_KEYS, NEWEST_FORMAT, POLICY_KEYS
+from pretrained import MODEL_KEYS, NEWEST_FORMAT, POLICY_KEYS, without_prefix
 from runtime.guards import InputError
 from runtime.terminal import say
 from training import arguments
@@ -32,10 +32,20 @@ def training_state(run: Run, method: Method) -> dict[str, Any]:
     return sharding.gathered(state)
 
 
-def load_training_state(run: Run, method: Method, state: dict[str, Any]) -> None:
-    """The inverse of `training_state`."""
-    student = {name.removeprefix("module."): value for name, value in state["student"].items()}
-    sharding.load_model(run.bare_student, student)
+def load_training_state(run: Run, method: Method, state: dict[str, Any], path: Path) -> None:
+    """The inverse of `training_state`. Raises InputError if the file's model is not that of the arguments."""
+    try:
+        _load(run, method, state)
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise InputError(
+            f"{path} does not fit the model of these arguments ({reason}); restore them, or start a new run in another "
+            "--output_dir"
+        ) from error
+
+
+def _load(run: Run, method: Method, state: dict[str, Any]) -> None:
+    sharding.load_model(run.bare_student, without_prefix(state["student"], "module."))
     if run.teacher is not None:
         sharding.load_model(run.teacher, state["teacher"])
     sharding.load_optimizer(run.optimizer, state["optimizer"])

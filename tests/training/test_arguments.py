@@ -57,7 +57,9 @@ def test_contradicting_precisions(tmp_path):
         (["--seed", -1], "--seed -1"), (["--seed", 2**63], "below 2"), (["--temperature", "nan"], "--temperature nan"),
         (["--lr", "nan"], "--lr nan"), (["--depth", 0], "--depth 0"), (["--num_heads", 0], "--num_heads 0"),
         (["--teacher_temp", "inf"], "--teacher_temp inf"), (["--val_fraction", 1], "--val_fraction 1"),
-        (["--max_bad_fraction", 2], "--max_bad_fraction 2"), (["--keep_checkpoints", 0], "--keep_checkpoints 0"),
+        (["--epochs", 10**9], "--epochs 1000000000: must be at most"), (["--out_dim", 10**11], "--out_dim"),
+        (["--img_size", 10**6], "--img_size 1000000"), (["--max_bad_fraction", 2], "--max_bad_fraction 2"),
+        (["--keep_checkpoints", 0], "--keep_checkpoints 0"),
     ],
 )  # fmt: skip
 def test_values_that_cannot_work(flags, message):

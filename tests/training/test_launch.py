@@ -42,6 +42,13 @@ def test_a_run_is_continued_in_another_folder(small, tmp_path):
     assert_equal_states(tmp_path / "whole", tmp_path / "elsewhere")
 
 
+def test_another_width_is_no_continuation(small, tmp_path):
+    """--allow_changed_args can't change the model's shape: one line that says so."""
+    assert train(*flags(small, tmp_path, "--max_steps", 1)) == 0
+    with pytest.raises(InputError, match="does not fit the model of these arguments"):
+        train(*flags(small, tmp_path, "--embed_dim", 48, "--allow_changed_args", "true"))
+
+
 def test_a_file_without_arguments_is_no_run(tmp_path):
     """--resume of a bare state dict is refused."""
     torch.save({"w": torch.zeros(1)}, tmp_path / "bare.pth")

@@ -12,7 +12,7 @@ from torch import nn
 from runtime import hardware
 from tests.reference import tensor
 from training.plan import Plan
-from training.run import Means, Run, Wishes
+from training.run import NO_WISHES, Means, Run, Wishes
 
 
 class Model(nn.Module):
@@ -38,7 +38,7 @@ def make_run(amp: str = "none", clip: float = 0.0, groups=None, steps: int = 10)
     return Run(args, choice, Model(), None, nn.MSELoss(), schedules, None, Plan(3, 1, 5), **more)
 
 
-def step(run: Run, number: int, scale: float = 1.0, wishes: Wishes = Wishes()) -> torch.Tensor:  # noqa: B008
+def step(run: Run, number: int, scale: float = 1.0, wishes: Wishes = NO_WISHES) -> torch.Tensor:
     """One step towards zero."""
     run.begin(number)
     means = Means()
