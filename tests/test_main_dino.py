@@ -68,7 +68,7 @@ def test_local_crop_size(img, patch, arch, expected):
 
 
 def test_warmups_longer_than_training_are_cut():
-    """Cut and said, where the published code crashes."""
+    """Warm-ups longer than the training are cut, with a note; the published code crashes."""
     args = resolved("--epochs", 3)
     assert (args.warmup_epochs, args.warmup_teacher_temp_epochs) == (3, 3)
     assert any("warmup_teacher_temp_epochs 30" in note for note in args.notes)
