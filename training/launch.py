@@ -120,7 +120,7 @@ def build(args: argparse.Namespace, method: Method, images: int) -> Run:
             raise
         raise InputError(
             f"the model does not fit into memory ({str(error).strip().splitlines()[0]}); choose a smaller --arch, "
-            "--out_dim or --embed_dim, or share it with --fsdp true"
+            "--out_dim or --embed_dim, or divide it among processes with --fsdp true"
         ) from error
 
 
@@ -205,7 +205,7 @@ def settings(args: argparse.Namespace, method: Method) -> list[str]:
         source = args.sources.get(key, "default")
         if source != "default":
             by_source.setdefault(source, []).append(f"{key} {value}")
-    lines = ["settings (config.json has all):"]
+    lines = ["settings that are not defaults (config.json has all):"]
     for source, values in by_source.items():
         text = f"{'your flags' if source == 'flag' else source}: {', '.join(values)}"
         lines += textwrap.wrap(text, 80, initial_indent="  ", subsequent_indent="    ", break_long_words=False)
