@@ -23,8 +23,8 @@ from torch import Tensor, nn
 import convnext_simpool
 import resnet_simpool
 import vision_transformer
+from pooled_backbone import MODES
 from sp import SimPool
-from vision_transformer import MODES
 
 FAMILIES = {
     "vit": {name: getattr(vision_transformer, name) for name in ("vit_tiny", "vit_small", "vit_base")},

@@ -17,10 +17,9 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from sp import SimPool
-from vision_transformer import MODES, DropPath
+from pooled_backbone import PooledBackbone
+from vision_transformer import DropPath
 
 STRIDE = 32  # of the last map: 4 in the stem and 2 in each of three stages, all without padding
 
@@ -53,7 +52,7 @@ class Block(nn.Module):
         return x + self.drop_path(y.permute(0, 3, 1, 2))
 
 
-class ConvNeXt(nn.Module):
+class ConvNeXt(PooledBackbone):
     """ConvNeXt that returns logits, or features (B, D) if num_classes is 0.
 
     Args:
@@ -82,12 +81,8 @@ class ConvNeXt(nn.Module):
         in_chans: int = 3,
         value_min: str = "image",
     ) -> None:
-        super().__init__()
-        if mode not in MODES:
-            raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
-        self.mode = mode
+        super().__init__(mode)
         self.num_features = dims[-1]
-        self.grad_checkpointing = False
         stem = nn.Sequential(nn.Conv2d(in_chans, dims[0], kernel_size=4, stride=4), ChannelNorm(dims[0], eps=1e-6))
         self.downsample_layers = nn.ModuleList([stem])
         for before, after in pairwise(dims):
@@ -98,17 +93,12 @@ class ConvNeXt(nn.Module):
             nn.Sequential(*(Block(dim, next(rates), layer_scale_init_value) for _ in range(depth)))
             for depth, dim in zip(depths, dims, strict=True)
         )
-        if mode == "simpool":
-            self.simpool = SimPool(self.num_features, gamma=gamma, value_min=value_min)
+        self.make_pooling(self.num_features, gamma=gamma, value_min=value_min)
         self.norm = nn.LayerNorm(self.num_features, eps=1e-6)
         self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
         self.apply(_init_weights)
         if num_classes > 0:
             self.head.weight.data.mul_(head_init_scale)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the blocks' inputs for backward and compute each block twice: less memory, about 1.3x the time."""
-        self.grad_checkpointing = enable
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last map, (B, D, h, w)."""
@@ -120,25 +110,12 @@ class ConvNeXt(nn.Module):
         for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
             x = downsample(x)
             for block in stage:
-                x = self._run(block, x)
+                x = self.run_block(block, x)
         return x
-
-    def _run(self, block: Block, x: Tensor) -> Tensor:
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, use_reentrant=False)
-        return block(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, D), or (B, num_classes)"""
-        x = self.forward_features(x)
-        return self.head(self.norm(self.simpool(x) if self.mode == "simpool" else x.mean((2, 3))))
-
-    def get_attention_map(self, x: Tensor) -> Tensor:
-        """SimPool's map, (B, 1, h, w)."""
-        if self.mode != "simpool":
-            raise ValueError('a ConvNeXt pooled by averaging has no attention map; build it with mode="simpool"')
-        x = self.forward_features(x)
-        return self.simpool(x, return_attention=True)[1].unflatten(-1, x.shape[-2:])
+        return self.head(self.norm(self.pool_map(self.forward_features(x))))
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -12,14 +12,11 @@ Shape letters: B batch, C channels, h, w the map's size (image size / 32), D wid
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from sp import SimPool
-from vision_transformer import MODES
+from pooled_backbone import PooledBackbone
 
 
 def _conv3x3(in_planes: int, planes: int, stride: int = 1) -> nn.Conv2d:
@@ -73,7 +70,7 @@ class Bottleneck(nn.Module):
         return self.relu(self.bn3(self.conv3(x)).add_(shortcut))
 
 
-class ResNet(nn.Module):
+class ResNet(PooledBackbone):
     """ResNet that returns logits, or features (B, D) if num_classes is 0.
 
     Args:
@@ -97,12 +94,8 @@ class ResNet(nn.Module):
         in_chans: int = 3,
         value_min: str = "image",
     ) -> None:
-        super().__init__()
-        if mode not in MODES:
-            raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
-        self.mode = mode
+        super().__init__(mode)
         self.num_features = 512 * block.expansion
-        self.grad_checkpointing = False
         self.conv1 = nn.Conv2d(in_chans, 64, kernel_size=7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
@@ -111,16 +104,11 @@ class ResNet(nn.Module):
         self.layer2 = _stage(block, 64 * block.expansion, 128, layers[1], stride=2)
         self.layer3 = _stage(block, 128 * block.expansion, 256, layers[2], stride=2)
         self.layer4 = _stage(block, 256 * block.expansion, 512, layers[3], stride=2)
-        if mode == "simpool":
-            self.simpool = SimPool(self.num_features, gamma=gamma, value_min=value_min)
+        self.make_pooling(self.num_features, gamma=gamma, value_min=value_min)
         self.fc = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the blocks' inputs for backward and compute each block twice: less memory, about 1.3x the time."""
-        self.grad_checkpointing = enable
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last map, (B, D, h, w)."""
@@ -129,27 +117,16 @@ class ResNet(nn.Module):
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in stage:
-                x = self._run(block, x)
+                x = self.run_block(block, x)
         return x
 
-    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(
-                block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _statistics_untouched(block))
-            )
-        return block(x)
+    def second_pass(self, block: nn.Module) -> AbstractContextManager:
+        """A checkpointed block's BatchNorm must not count its batch twice."""
+        return _statistics_untouched(block)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, D), or (B, num_classes)"""
-        x = self.forward_features(x)
-        return self.fc(self.simpool(x) if self.mode == "simpool" else x.mean((2, 3)))
-
-    def get_attention_map(self, x: Tensor) -> Tensor:
-        """SimPool's map, (B, 1, h, w)."""
-        if self.mode != "simpool":
-            raise ValueError('a ResNet pooled by averaging has no attention map; build it with mode="simpool"')
-        x = self.forward_features(x)
-        return self.simpool(x, return_attention=True)[1].unflatten(-1, x.shape[-2:])
+        return self.fc(self.pool_map(self.forward_features(x)))
 
 
 @contextmanager

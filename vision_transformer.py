@@ -28,10 +28,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.init import trunc_normal_
-from torch.utils.checkpoint import checkpoint
 
 from distill.heads import DINOHead
-from sp import SimPool
+from pooled_backbone import PooledBackbone
 
 __all__ = [
     "Attention",
@@ -48,7 +47,6 @@ __all__ = [
     "vit_tiny",
 ]
 
-MODES = ("official", "simpool")
 POS_EMBED_POLICIES = ("exact", "reference")
 CPU_FUSED_FROM = 512  # smallest number of tokens for which inference on CPU uses the fused attention kernel
 
@@ -244,7 +242,7 @@ def _bicubic_matrix(before: int, after: int, scale: float | None) -> Tensor:
     return F.interpolate(units, scale_factor=(scale, 1.0), mode="bicubic")[0, :, :, 0].T
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(PooledBackbone):
     """Vision transformer that returns features (B, D), or logits if num_classes > 0.
 
     Args:
@@ -282,17 +280,13 @@ class VisionTransformer(nn.Module):
         pos_embed_policy: str = "exact",
         value_min: str = "image",
     ) -> None:
-        super().__init__()
-        if mode not in MODES:
-            raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
+        super().__init__(mode)
         if pos_embed_policy not in POS_EMBED_POLICIES:
             known = ", ".join(POS_EMBED_POLICIES)
             raise ValueError(f"unknown pos_embed_policy {pos_embed_policy!r}; choose one of {known}")
-        self.mode = mode
         self.pos_embed_policy = pos_embed_policy
         self.num_features = self.embed_dim = embed_dim
         self.patch_size = patch_size
-        self.grad_checkpointing = False
 
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         self.num_prefix_tokens = 1 if mode == "official" else 0
@@ -308,8 +302,7 @@ class VisionTransformer(nn.Module):
             )
             for i in range(depth)
         )  # fmt: skip
-        if mode == "simpool":
-            self.simpool = SimPool(embed_dim, gamma=gamma, use_beta=True, value_min=value_min)
+        self.make_pooling(embed_dim, gamma=gamma, use_beta=True, value_min=value_min)
         self.norm = norm_layer(embed_dim)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
 
@@ -317,10 +310,6 @@ class VisionTransformer(nn.Module):
         if mode == "official":
             trunc_normal_(self.cls_token, std=0.02)
         self.apply(_init_weights)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the blocks' inputs for backward and compute each block twice: less memory, about 1.3x the time."""
-        self.grad_checkpointing = enable
 
     def interpolate_pos_encoding(self, x: Tensor, height: int, width: int) -> Tensor:
         """Position embeddings (1, T, D) for the tokens x of a height x width image, by the policy (module docstring).
@@ -353,13 +342,8 @@ class VisionTransformer(nn.Module):
         """Tokens (B, T, D) after the last block, before the final norm: what is pooled."""
         x = self.prepare_tokens(x)
         for block in self.blocks:
-            x = self._run(block, x)
+            x = self.run_block(block, x)
         return x
-
-    def _run(self, block: Block, x: Tensor) -> Tensor:
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, use_reentrant=False)
-        return block(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, D)"""
@@ -381,7 +365,7 @@ class VisionTransformer(nn.Module):
         x = self.prepare_tokens(x)
         outputs = []
         for i, block in enumerate(self.blocks):
-            x = self._run(block, x)
+            x = self.run_block(block, x)
             if i >= len(self.blocks) - n:
                 outputs.append(self.norm(x))
         return outputs

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = {
     "sp": 0, "torchfile": 0.1, "pretrained": 0.2, "runtime": 0.3,  # in this order
     "distill": 1, "optim": 1, "data": 1,
-    "vision_transformer": 2, "resnet_simpool": 2, "convnext_simpool": 2,
+    "pooled_backbone": 1.5, "vision_transformer": 2, "resnet_simpool": 2, "convnext_simpool": 2,
     "backbones": 3,
     "evaluation": 4,
     "utils": 5, "training": 5,
@@ -22,7 +22,7 @@ LEVELS = {
 }  # fmt: skip
 MODELS = ("vision_transformer", "resnet_simpool", "convnext_simpool")
 READING = ("pretrained", "torchfile.read", "torchfile.archive", "torchfile.plain_pickle")
-BACKBONE_FILES = ("sp", *READING, *MODELS, "backbones", "distill.heads", "hubconf")
+BACKBONE_FILES = ("sp", "pooled_backbone", *READING, *MODELS, "backbones", "distill.heads", "hubconf")
 PROGRAMS = ("main_dino", "eval_knn", "eval_linear", "visualize_attention", "hubconf")
 
 

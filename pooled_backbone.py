@@ -1,0 +1,62 @@
+"""What our backbones share: the choice of a pooling, SimPool's map, and gradient checkpointing by block."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sp import SimPool
+
+MODES = ("official", "simpool")
+
+
+class PooledBackbone(nn.Module):
+    """A backbone whose last features are pooled as its architecture does it ("official"), or by SimPool.
+
+    Subclasses set `num_features` and, with `make_pooling`, `simpool`.
+    """
+
+    def __init__(self, mode: str) -> None:
+        """Raises ValueError for an unknown mode."""
+        super().__init__()
+        if mode not in MODES:
+            raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
+        self.mode = mode
+        self.grad_checkpointing = False
+
+    def make_pooling(self, dim: int, **settings) -> None:
+        """Add `simpool` with SimPool's settings, in SimPool mode only. Call it where its weights are to be drawn."""
+        if self.mode == "simpool":
+            self.simpool = SimPool(dim, **settings)
+
+    def pool_map(self, x: Tensor) -> Tensor:
+        """A map (B, D, h, w) -> (B, D): by SimPool, or its mean in official mode."""
+        return self.simpool(x) if self.mode == "simpool" else x.mean((2, 3))
+
+    def get_attention_map(self, x: Tensor) -> Tensor:
+        """SimPool's attention over the last map, (B, 1, h, w). Raises ValueError in official mode, which has none."""
+        if self.mode != "simpool":
+            raise ValueError(
+                f'a {type(self).__name__} pooled by averaging has no attention map; build it with mode="simpool"'
+            )
+        x = self.forward_features(x)
+        return self.simpool(x, return_attention=True)[1].unflatten(-1, x.shape[-2:])
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the blocks' inputs for backward and compute each block twice: less memory, about 1.3x the time."""
+        self.grad_checkpointing = enable
+
+    def run_block(self, block: nn.Module, x: Tensor) -> Tensor:
+        """block(x), checkpointed if that is on and gradients are wanted."""
+        if not (self.grad_checkpointing and torch.is_grad_enabled()):
+            return block(x)
+        return checkpoint(
+            block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), self.second_pass(block))
+        )  # fmt: skip
+
+    def second_pass(self, block: nn.Module) -> AbstractContextManager:
+        """A context for computing a checkpointed block again in backward."""
+        return nullcontext()
