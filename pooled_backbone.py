@@ -1,4 +1,4 @@
-"""What our backbones share: the choice of a pooling, SimPool's map, and gradient checkpointing by block."""
+"""The common base of our backbones: choice of the pooling, SimPool's map, and gradient checkpointing by block."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MODES = ("official", "simpool")
 
 
 class PooledBackbone(nn.Module):
-    """A backbone whose last features are pooled as its architecture does it ("official"), or by SimPool.
+    """A backbone whose last features are pooled in the architecture's way ("official") or by SimPool.
 
     Subclasses set `num_features` and, with `make_pooling`, `simpool`.
     """
@@ -28,7 +28,7 @@ class PooledBackbone(nn.Module):
         self.grad_checkpointing = False
 
     def make_pooling(self, dim: int, **settings) -> None:
-        """Add `simpool` with SimPool's settings, in SimPool mode only. Call it where its weights are to be drawn."""
+        """Add `simpool` in SimPool mode. The order of this call and other layers decides the random weights."""
         if self.mode == "simpool":
             self.simpool = SimPool(dim, **settings)
 
@@ -50,7 +50,7 @@ class PooledBackbone(nn.Module):
         self.grad_checkpointing = enable
 
     def run_block(self, block: nn.Module, x: Tensor) -> Tensor:
-        """block(x), checkpointed if that is on and gradients are wanted."""
+        """block(x), checkpointed if that is on and gradients are needed."""
         if not (self.grad_checkpointing and torch.is_grad_enabled()):
             return block(x)
         return checkpoint(

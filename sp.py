@@ -50,8 +50,8 @@ class SimPool(nn.Module):
     Args:
         dim: width D of the features.
         num_heads: heads h of the attention; D must be divisible by it.
-        qkv_bias: biases in the query and key maps. (The key's bias shifts all logits alike, so it has no effect;
-            it exists for checkpoints that hold one.)
+        qkv_bias: biases in the query and key maps. (The key's bias shifts all logits equally, so it has no
+            effect; it exists for checkpoints that have one.)
         qk_scale: factor on the logits; None means 1 / sqrt(D / h).
         gamma: exponent of the generalised mean; None averages LN(X) with the attention alone.
         use_beta: adds a learned scalar to the pooled feature; only together with gamma. (A LayerNorm right after it, as

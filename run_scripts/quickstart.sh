@@ -31,7 +31,7 @@ echo "== 2/4 pretraining, without labels"
 echo "== 3/4 after training: k-NN and linear probe"
 evaluate "$output/after" --pretrained_weights "$output/checkpoint.pth"
 
-echo "== 4/4 attention maps of photographs, beside those of the untrained model"
+echo "== 4/4 attention maps of photographs, next to those of the untrained model"
 "$PYTHON" visualize_attention.py --pretrained_weights "$output/checkpoint.pth" --data_path demo --num_images 8 \
     --untrained --output_dir "$output/attention"
 

@@ -67,7 +67,7 @@ class TensorBoard:
             return
         from tensorboardX.proto import summary_pb2
 
-        width, height = struct.unpack(">II", png[16:24])  # of the header, which comes first in every PNG file
+        width, height = struct.unpack(">II", png[16:24])  # from the header, which every PNG file starts with
         image = summary_pb2.Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
         self._add(summary_pb2.Summary(value=[summary_pb2.Summary.Value(tag=tag, image=image)]), step)
 

@@ -10,7 +10,7 @@ middle of the run. With `--against`, the middle checkpoints of the other record 
 they must end in the same bits. Exit code 1 tells that something differs.
 
 Every run is a process of its own (`python main_dino.py ...` in the checkout), so this program works with any commit
-whose flags are those of today. The images are some of the built-in ones, as PNG files beside the record.
+whose flags are those of today. The images are some of the built-in ones, as PNG files next to the record.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def write_images(folder: Path, per_class: int = 4) -> Path:
 
 
 def machine() -> dict[str, Any]:
-    """What the bits of a run depend on beside the code."""
+    """What the bits of a run depend on, besides the code."""
     processor = platform.processor()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -69,7 +69,7 @@ def test_every_recorded_setting_is_honoured(tmp_path):
 
 @pytest.mark.parametrize("gamma", [1.75, None])
 def test_the_gamma_of_published_arguments(tmp_path, gamma):
-    """args.gamma of a published file is the model's, also where it is None; numpy's numbers are read."""
+    """args.gamma of a published file becomes the model's, even if it is None; numpy's numbers are read."""
     state = hubconf.resnet18_simpool(num_classes=0).state_dict()
     args = argparse.Namespace(arch="resnet18", gamma=gamma, lr=np.float64(0.3))
     torch.save({"teacher": {f"module.backbone.{name}": value for name, value in state.items()}, "args": args,

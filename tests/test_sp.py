@@ -163,7 +163,7 @@ def test_half_precision_module_returns_its_dtype():
 
 
 def test_backward_keeps_little_more_than_the_input():
-    """What the layer keeps for backward is its input and less than a tenth of it beside the weights."""
+    """Besides the weights the layer keeps for backward its input and less than a tenth of it."""
     pool, x = SimPool(32, gamma=1.25), tensor(1, (4, 196, 32)).requires_grad_()
     kept = {}
     weights = {parameter.untyped_storage().data_ptr() for parameter in pool.parameters()}

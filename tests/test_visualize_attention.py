@@ -32,7 +32,7 @@ def test_two_checkpoints_are_shown_side_by_side(root, tmp_path):
 
 
 def test_a_folder_of_frames_becomes_a_video(root, tmp_path):
-    """--video writes one picture per frame, image beside overlay, and a GIF of all of them."""
+    """--video writes one picture per frame, the image next to its overlay, and a GIF of all of them."""
     checkpoint = tiny_checkpoint(tmp_path / "simpool.pth")
     assert visualize_attention.main(["--pretrained_weights", str(checkpoint), "--image_path", str(root / "val"),
                                      "--video", "--output_dir", str(tmp_path / "out")]) == 0  # fmt: skip

@@ -104,7 +104,7 @@ def _train_in(folder: Path, args: argparse.Namespace, method: Method, stop: Stop
     code = leave_marker(folder, done, loop, stop)
     if args.report:
         write_pictures_and_report(loop, done)
-        board.close()  # again, for the pictures
+        board.close()  # a second time, to write the pictures
     if done:
         for line in what_next(folder, args):
             say(line)
@@ -112,7 +112,7 @@ def _train_in(folder: Path, args: argparse.Namespace, method: Method, stop: Stop
 
 
 def build(args: argparse.Namespace, method: Method, images: int) -> Run:
-    """The method's run. Raises InputError if it doesn't fit into memory."""
+    """Build the method's run. Raises InputError if it doesn't fit into memory."""
     try:
         return method.build(args, images, args.torch_device)
     except (MemoryError, RuntimeError) as error:
@@ -120,13 +120,13 @@ def build(args: argparse.Namespace, method: Method, images: int) -> Run:
             raise
         raise InputError(
             f"the model does not fit into memory ({str(error).strip().splitlines()[0]}); choose a smaller --arch, "
-            "--out_dim or --embed_dim, or share it with --fsdp true"
+            "--out_dim or --embed_dim, or divide it among processes with --fsdp true"
         ) from error
 
 
 def open_data(args: argparse.Namespace) -> tuple[ImageSource, ImageSource | None]:
     """Training images, and validation images if an evaluation is wanted and possible."""
-    held_out = {"val_fraction": args.val_fraction}  # one division, whatever --seed: the evaluations' too
+    held_out = {"val_fraction": args.val_fraction}  # one division for training and evaluations, whatever --seed is
     train = open_images(args.data_path, "train", args.subset, args.in_chans, **held_out)
     if not args.eval_every:
         return train, None
@@ -205,7 +205,7 @@ def settings(args: argparse.Namespace, method: Method) -> list[str]:
         source = args.sources.get(key, "default")
         if source != "default":
             by_source.setdefault(source, []).append(f"{key} {value}")
-    lines = ["settings (config.json has all):"]
+    lines = ["settings that are not defaults (config.json has all):"]
     for source, values in by_source.items():
         text = f"{'your flags' if source == 'flag' else source}: {', '.join(values)}"
         lines += textwrap.wrap(text, 80, initial_indent="  ", subsequent_indent="    ", break_long_words=False)

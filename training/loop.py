@@ -110,7 +110,7 @@ class Loop:
 
     @contextlib.contextmanager
     def deferred_errors(self) -> Iterator[None]:
-        """Defer an error that only this process sees until `share_failure` raises it on all, who wait in the step."""
+        """Defer an error that only this process sees to `share_failure`, because the others wait in the step."""
         try:
             yield
         except (InputError, RunStopped) as error:

@@ -78,7 +78,7 @@ _DINO = {
 }
 
 # What `--data_path demo` trains if no model is chosen: a small ViT, in minutes on a laptop. The values are those of the
-# quick start, for hundreds of steps instead of DINO's hundred thousand; docs/LOG.md tells how they were found.
+# quick start, for hundreds of steps instead of DINO's hundred thousand; docs/LOG.md describes how they were found.
 _DEMO = {
     **_DINO,
     "arch": "vit_small",

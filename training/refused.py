@@ -105,7 +105,7 @@ def replay_step(args: argparse.Namespace, method: Method) -> int:
 
 
 def _is_replay(content: dict[str, Any]) -> bool:
-    """Whether a file holds what a replay reads."""
+    """Whether a file's content is that of a replay file."""
     replay, config = content.get("replay"), content.get("config")
     if not isinstance(replay, dict) or not isinstance(config, dict) or not isinstance(content.get("args"), dict):
         return False

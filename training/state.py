@@ -33,7 +33,7 @@ def training_state(run: Run, method: Method) -> dict[str, Any]:
 
 
 def load_training_state(run: Run, method: Method, state: dict[str, Any], path: Path) -> None:
-    """The inverse of `training_state`. Raises InputError if the file's model is not that of the arguments."""
+    """The inverse of `training_state`. Raises InputError if the file's model does not match the arguments."""
     try:
         _load(run, method, state)
     except (RuntimeError, ValueError, KeyError) as error:

@@ -75,7 +75,7 @@ class TeacherWatch:
         return {"k-NN": {str(k): {"top1": top1, "top5": top5} for k, (top1, top5) in results.items()}}
 
     def pictures(self, folder: Path) -> list[Path]:
-        """attention.png: the teacher's maps, next to an untrained model's, of photographs or of the probe images."""
+        """attention.png: the teacher's maps of photographs or probe images, next to those of an untrained model."""
         from evaluation.attention_figure import attention_figure
 
         teacher, args = self.run.whole_teacher(), self.run.args
@@ -86,7 +86,7 @@ class TeacherWatch:
         return [attention_figure(models, self._shown(), folder / "attention.png")]
 
     def _shown(self, count: int = 6) -> Tensor:
-        """uint8 images (B, C, H, W): of the demo whole photographs, which a model of small images sees enlarged."""
+        """uint8 images (B, C, H, W); for the demo whole photographs, enlarged for a model of small images."""
         args = self.run.args
         if not is_demo(args.data_path) or args.in_chans != 3:
             return self._probe[:count]

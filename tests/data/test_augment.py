@@ -76,7 +76,7 @@ def test_boxes_lie_in_the_image_and_have_torchvisions_distribution(height, width
 
 
 def test_crop_is_pillows_resize_of_its_box(image):
-    """A cut crop is Pillow's antialiased bicubic resize of the same box, flipped where it was drawn so."""
+    """A cut crop is Pillow's antialiased bicubic resize of the same box, flipped if a flip was drawn."""
     cut = MultiCrop(SMALL)
     for index in range(6):
         draws = cut.draws(0, 0, index)

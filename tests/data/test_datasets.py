@@ -1,4 +1,4 @@
-"""From a --data_path to images, labels and names; and what is said where that fails."""
+"""From a --data_path to images, labels and names, and the messages if that fails."""
 
 import os
 import shutil
@@ -108,7 +108,7 @@ def test_split_column_gives_val(class_root):
 
 
 def test_list_of_numbers_keeps_them_as_class_numbers(class_root):
-    """Whole numbers in a list are class numbers, also where a class has no image."""
+    """Whole numbers in a list are class numbers, even if a class has no image."""
     source = open_images(write_list(class_root, "l.txt", ["train/ant/0.jpg 4", "train/bee/0.jpg 0"]))
     assert source.labels.tolist() == [4, 0]
     assert len(source.classes) == 5

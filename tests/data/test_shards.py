@@ -165,7 +165,7 @@ def test_a_damaged_header_in_the_middle_is_an_error_not_the_end(packed):
 
 @pytest.mark.parametrize("cut", [1, 512, 2000, 9000])
 def test_a_shard_without_its_closing_zeros_is_cut_off(shard, cut):
-    """Also if it ends between two members, where nothing else shows that something is missing."""
+    """Even if it ends between two members, so that nothing else shows that something is missing."""
     path = shard(*[(f"{i}.png", None) for i in range(5)])
     with tarfile.open(path) as tar:
         end = tar.getmembers()[-1].offset if cut == 9000 else tar.offset + 1024

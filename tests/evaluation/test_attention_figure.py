@@ -13,7 +13,7 @@ from tests.evaluation.test_attention import photographs, tiny_vit
 
 
 def test_a_grid_shows_every_image_under_every_model(tmp_path):
-    """One row per image; per model a map, an overlay and a mask beside the untouched image, all at print size."""
+    """One row per image; per model a map, an overlay and a mask next to the unchanged image, all at print size."""
     images = photographs(size=(32, 32))
     models = {"official": tiny_vit("official"), "SimPool": tiny_vit("simpool")}
     path = attention_figure.attention_figure(models, images, tmp_path / "grid.png", threshold=0.5, per_head=True)

@@ -22,7 +22,7 @@ def test_entropy_is_one_for_uniform_and_zero_for_one_hot_outputs():
 
 
 def test_information_tells_collapse_from_a_sure_teacher():
-    """0 where all images get one output, uniform or one-hot; log B where each gets a prototype of its own."""
+    """0 if all images get the same output, uniform or one-hot; log B if each gets a different prototype."""
     each = torch.eye(50)[:4]
     assert monitors.teacher_information(torch.full((4, 50), 1 / 50)) == pytest.approx(0, abs=1e-6)
     assert monitors.teacher_information(each[:1].repeat(4, 1)) == pytest.approx(0, abs=1e-6)

@@ -121,7 +121,7 @@ def test_a_nan_on_one_rank_is_refused_by_all(small, tmp_path, name):
     for key in ("student", "teacher", "dino_loss"):
         assert all(value.isfinite().all() for value in content[key].values() if value.is_floating_point())
     assert content["optimizer"]["state"][0]["step" if name == "vit" else "mu"] is not None
-    assert train("--replay", file) == 0  # finite where nobody injects a NaN
+    assert train("--replay", file) == 0  # finite without the injected NaN
 
 
 def test_a_failed_last_save_is_tried_again(small, tmp_path):

@@ -86,7 +86,7 @@ CALLS = [("mkstemp", 0), ("fsync", 0), ("fsync", 1), ("fsync", 2), ("replace", 0
 
 @pytest.mark.parametrize(("call", "nth"), CALLS)
 def test_the_disk_is_full_at_a_call(tmp_path, call, nth):
-    """10 more places: where the file is made, sealed, made durable, named, linked."""
+    """10 more places: creating the file, sealing it, making it durable, naming and linking it."""
 
     def fault() -> None:
         calls = iter(range(1000))

@@ -57,7 +57,7 @@ def test_killed_runs_end_as_if_they_had_not_been(whole: Whole, tmp_path, seed, k
             ranks = processes.start(flags, tmp_path / "output", patch=patch)
             if not at_line and not leave_alone:
                 time.sleep(draw.uniform(0.1, 0.3 + 0.4 * left) * whole.duration_s)
-                ranks.processes[0].kill()  # nothing happens where it has ended already
+                ranks.processes[0].kill()  # does nothing if it has ended already
             (code,) = ranks.wait()
             assert code in (0, -signal.SIGKILL), ranks.text()
             killed += code != 0

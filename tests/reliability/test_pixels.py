@@ -66,5 +66,5 @@ def test_number_of_ranks(source, expected, world):
 
 
 def test_after_resume(source, expected):
-    """The same pixels where the epoch is read in parts, by loaders that start anew."""
+    """The pixels are the same if the epoch is read in parts, by new loaders."""
     assert hashes(source, workers=1, world=2, parts=(1, 7, 42)) == expected

@@ -123,7 +123,7 @@ def test_a_gpu_that_is_not_there(monkeypatch):
 
 
 def names(store: dist.Store, ranks: list[int], timeout_s: float) -> list[str | None]:
-    """What those of three ranks that are alive call their start; None where one gave up."""
+    """The names that the living ones of three ranks give their start; None for a rank that gave up."""
 
     def name(rank: int) -> str | None:
         try:

@@ -12,7 +12,7 @@ from runtime.guards import InputError
 
 
 def test_precision_is_chosen_by_its_error(monkeypatch):
-    """The fast CPU library is taken only where a probe shows float32's accuracy."""
+    """The fast CPU library is used only if a probe shows float32's accuracy."""
     for error, expected in ((1e-7, "medium"), (1e-3, "highest")):
         monkeypatch.setattr(hardware, "product_error", lambda _, error=error: error)
         choice = hardware.choose(torch.device("cpu"), "auto", "auto", convolutional=True)

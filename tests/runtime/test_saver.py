@@ -91,7 +91,7 @@ def test_a_damaged_newest_falls_back(tmp_path, damage):
 
 
 def test_no_good_checkpoint_is_an_error_not_a_new_run(tmp_path):
-    """A run whose every checkpoint is damaged must not silently start anew."""
+    """A run whose checkpoints are all damaged must not silently start over."""
     save_steps(tmp_path, [1])
     (tmp_path / "checkpoint.pth").write_bytes(b"")
     with pytest.raises(InputError, match="none of the 2 checkpoints"):

@@ -123,7 +123,7 @@ def requeued(base: Path, reference: Path) -> None:
     wait("the first line", lambda: printed(folder, "epoch 0 ") > 0)
     command("scontrol", "requeue", number)
     ends_after_a_restart(number, folder, reference)
-    how = "it had saved" if printed(folder, "continuing ") else "it began anew"
+    how = "it had saved" if printed(folder, "continuing ") else "it started over"
     report("scontrol requeue", f"1 restart ({how}), COMPLETED, bit-identical")
 
 
