@@ -200,7 +200,7 @@ def test_log_evaluation_and_tensorboard(small, tmp_path, capsys):
 def test_unlabelled_images_train(imagenet_sample, tmp_path, capsys):
     """A bare folder of photographs trains, and it is said why there is no k-NN."""
     assert train(*VIT, "--data_path", imagenet_sample, "--output_dir", tmp_path, "--max_steps", 2) == 0
-    assert "no evaluation while training: the images have no labels" in capsys.readouterr().out
+    assert "no k-NN evaluation while training: the images have no labels" in capsys.readouterr().out
 
 
 def test_training_from_a_published_checkpoint(small, tmp_path, capsys):
