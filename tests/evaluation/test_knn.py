@@ -127,6 +127,21 @@ class Pixels(torch.nn.Module):
         return F.adaptive_avg_pool2d(x, 4).flatten(1) * self.scale
 
 
+class Loud(Pixels):
+    """The same directions, at lengths that grow steeply with an image's contrast."""
+
+    def forward(self, x):
+        features = super().forward(x)
+        return features * features.std(dim=1, keepdim=True).mul(5).exp()
+
+
+def test_an_evaluation_compares_directions_and_not_lengths(small):
+    """Training and validation features are brought to unit length before they are compared."""
+    sources = [open_images(small, split) for split in ("train", "val")]
+    results = [knn.evaluate(model, *sources, (5, 20), img_size=32, num_workers=0) for model in (Pixels(), Loud())]
+    assert results[0] == results[1]
+
+
 def test_an_evaluation_while_training_skips_bad_files(small, tmp_path, capsys):
     """Broken files in train and val are left out and counted: the rest scores as a set without them does."""
     settings = {"img_size": 32, "num_workers": 0}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 
 import numpy as np
 import pytest
@@ -112,6 +113,42 @@ def test_a_refused_step_changes_nothing(amp):
         assert torch.equal(old, new)
     assert step(run, 2)[2] == 0
     assert not all(torch.equal(old, new) for old, new in zip(before, state(run), strict=True))
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_what_is_not_finite_refuses_a_step(bad):
+    """A loss alone, with finite gradients, and one number of one gradient alone."""
+    run = make_run()
+    run.begin(0)
+    loss, means = run.student(tensor(1, (3, 4))).square().mean(), Means()
+    run.backward(loss, 1)
+    means.add(loss=loss * float("inf") if bad == "loss" else loss)
+    if bad == "gradient":
+        run.student.head.bias.grad[1] = float("nan")
+    means.over_ranks(Wishes())
+    before = [p.clone() for p in run.student.parameters()]
+    _, refused = run.update(means)
+    assert refused
+    assert all(torch.equal(a, b) for a, b in zip(before, run.student.parameters(), strict=True))
+
+
+def test_the_last_micro_batch_is_marked():
+    """It is the one in which processes exchange gradients."""
+    run = make_run()
+    run.views = argparse.Namespace(on_device=lambda batch: [batch])
+    assert [batch.last for batch in run.micro_batches([torch.zeros(1, 3, 2, 2)] * 3)] == [False, False, True]
+
+
+def test_a_steps_draws_are_those_of_its_number_and_rank():
+    """What drop path draws is the same whenever a step is run, and another for another step or rank."""
+    draws = []
+    for number, rank in ((3, 0), (3, 0), (4, 0), (3, 1)):
+        run = make_run()
+        run.plan = dataclasses.replace(run.plan, rank=rank, world_size=2)
+        run.begin(number)
+        draws.append(torch.rand(1).item())
+    assert draws[0] == draws[1]
+    assert len(set(draws)) == 3
 
 
 def test_the_norm_is_that_before_clipping():
