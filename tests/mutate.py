@@ -14,24 +14,28 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import multiprocessing
+import multiprocessing.connection
 import os
 import pkgutil
-import queue
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import tests.mutations
 
 ROOT = Path(__file__).resolve().parents[1]
-TIMEOUT_S = 300  # for the tests of one mutation; they take seconds
-PASSED, FAILED = 0, 1  # exit codes of pytest; all others mean that no test was run to its end
+TIMEOUT_S = 600  # for the tests of one mutation, which take seconds, and for all of them without one
+# Exit codes of a process that runs tests: pytest's and 10, so that an error of the process itself is none of them.
+OFFSET = 10
+PASSED, FAILED = OFFSET, OFFSET + 1
+# A forked process has torch and pytest already, which saves most of the seconds that a few tests take.
+_CONTEXT = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 
 
 @dataclass(frozen=True)
@@ -90,47 +94,74 @@ def copy_tree(root: Path, target: Path) -> None:
         (target.parent / "shared").symlink_to(images)
 
 
-def run_tests(tree: Path, tests: Iterable[str]) -> tuple[int | None, str]:
-    """pytest's exit code in a tree, None after too long a time, and its output."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider"]
-    command += [f"--basetemp={tree.parent / f'{tree.name}-tmp'}", *tests]
+class TestRun:
+    """pytest in a process of its own, in a tree with a fault in it (or, for none, without)."""
+
+    __test__ = False  # not pytest's to collect
+
+    def __init__(self, tree: Path, tests: Iterable[str], mutation: Mutation | None = None) -> None:
+        self.tree, self.mutation, self._begin = tree, mutation, time.monotonic()
+        self.deadline = self._begin + TIMEOUT_S
+        self._original: str | None = None
+        if mutation is not None:
+            self._original = (tree / mutation.file).read_text(encoding="utf-8")
+            (tree / mutation.file).write_text(mutation.apply(self._original), encoding="utf-8")
+        self._process = _CONTEXT.Process(target=_pytest, args=(tree, list(tests), self._output()))
+        self._process.start()
+        self.sentinel = self._process.sentinel
+
+    def _output(self) -> Path:
+        return self.tree.parent / f"{self.tree.name}.txt"
+
+    def end(self) -> tuple[int | None, str]:
+        """Wait, and take the fault out again; the exit code, negative after too long a time, and pytest's output."""
+        self._process.join(max(0.0, self.deadline - time.monotonic()))
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        if self.mutation is not None:
+            (self.tree / self.mutation.file).write_text(self._original, encoding="utf-8")
+        return self._process.exitcode, self._output().read_text(encoding="utf-8", errors="replace")
+
+    def result(self) -> Result:
+        """What became of the mutation."""
+        code, output = self.end()
+        verdict = {PASSED: "SURVIVED", FAILED: "noticed"}.get(code, "BROKEN")
+        return Result(self.mutation, verdict, time.monotonic() - self._begin, output)
+
+
+def _pytest(tree: Path, tests: list[str], output: Path) -> None:
+    """Run tests in `tree`, as if nothing of the checkout had been imported; exits with OFFSET and pytest's code."""
+    stream = open(output, "w", encoding="utf-8")  # noqa: SIM115 (the process ends with it)
+    for number in (1, 2):
+        os.dup2(stream.fileno(), number)
+    sys.stdout = sys.stderr = stream
+    sys.path[:] = [str(tree), *(entry for entry in sys.path if Path(entry).resolve() != ROOT)]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+        del sys.modules[name]
+    os.chdir(tree)
     # Compiled files are told apart by their source's size and second: two mutations may agree in both.
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    try:
-        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        return None, f"no end after {TIMEOUT_S} s"
-    return done.returncode, done.stdout + done.stderr
+    sys.dont_write_bytecode = True
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import pytest
 
-
-def check(tree: Path, mutation: Mutation) -> Result:
-    """Put the fault into a tree, run its tests, and take it out again."""
-    path, begin = tree / mutation.file, time.monotonic()
-    original = path.read_text(encoding="utf-8")
-    path.write_text(mutation.apply(original), encoding="utf-8")
-    try:
-        code, output = run_tests(tree, mutation.tests)
-    finally:
-        path.write_text(original, encoding="utf-8")
-    verdict = {PASSED: "SURVIVED", FAILED: "noticed"}.get(code, "BROKEN")
-    return Result(mutation, verdict, time.monotonic() - begin, output)
+    temporary = f"--basetemp={tree.parent / f'{tree.name}-tmp'}"
+    sys.exit(OFFSET + int(pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", temporary, *tests])))
 
 
 def check_all(trees: Sequence[Path], chosen: Iterable[Mutation]) -> Iterator[Result]:
-    """The results of all mutations in their order; as many at a time as there are trees."""
-    free: queue.SimpleQueue[Path] = queue.SimpleQueue()
-    for tree in trees:
-        free.put(tree)
-
-    def one(mutation: Mutation) -> Result:
-        tree = free.get()
-        try:
-            return check(tree, mutation)
-        finally:
-            free.put(tree)
-
-    with ThreadPoolExecutor(len(trees)) as pool:
-        yield from pool.map(one, chosen)
+    """The results of all mutations, as they end; as many at a time as there are trees."""
+    free, running, waiting = list(trees), [], list(chosen)
+    while running or waiting:
+        while free and waiting:
+            mutation = waiting.pop(0)
+            running.append(TestRun(free.pop(), mutation.tests, mutation))
+        longest = min(run.deadline for run in running) - time.monotonic()
+        ended = multiprocessing.connection.wait([run.sentinel for run in running], max(0.0, longest))
+        for run in [run for run in running if run.sentinel in ended or run.deadline <= time.monotonic()]:
+            running.remove(run)
+            yield run.result()
+            free.append(run.tree)
 
 
 def mutate(root: Path, chosen: Sequence[Mutation], jobs: int = 1) -> int:
@@ -139,11 +170,14 @@ def mutate(root: Path, chosen: Sequence[Mutation], jobs: int = 1) -> int:
     Returns 0 if all were noticed, 1 if one survived or its tests could not be run, 2 if a test fails without any.
     """
     begin = time.monotonic()
+    if _CONTEXT.get_start_method() == "fork":
+        import pytest  # noqa: F401
+        import torch._dynamo  # noqa: F401 (which every optimizer imports)
     with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
         trees = [Path(folder) / f"tree{i}" for i in range(jobs)]
         for tree in trees:
             copy_tree(root, tree)
-        code, output = run_tests(trees[0], sorted({test for mutation in chosen for test in mutation.tests}))
+        code, output = TestRun(trees[0], sorted({test for mutation in chosen for test in mutation.tests})).end()
         if code != PASSED:
             print(f"the tests do not pass without any mutation:\n{output[-3000:]}")
             return 2

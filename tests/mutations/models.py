@@ -24,6 +24,8 @@ MUTATIONS = [
          "target = first if v == 0 else second if v == 1", GOLDEN_LOSS),
         ("temperature_warmup_a_step_long", "np.linspace(warmup_temp, temp, warmup_epochs)",
          "np.linspace(warmup_temp, temp, warmup_epochs + 1)[:-1]", f"{LOSSES}::test_temperature_schedule_is_clamped"),
+        ("center_summed_over_ranks", "(len(teacher_output) * get_world_size())", "len(teacher_output)",
+         f"{LOSSES}::test_the_center_is_the_mean_over_two_alike_processes"),
         ("not_centered", "teacher_output.detach().float() - center)", "teacher_output.detach().float())", GOLDEN_LOSS),
     ),
     *of_file(
