@@ -85,7 +85,7 @@ def test_k_above_the_training_set_is_clamped_and_said(data, capsys):
 
 
 def test_a_class_without_votes_is_never_a_hit():
-    """With one neighbour's class voted for, top-5 does not count classes that got no vote."""
+    """If all neighbours are of one class, top-5 does not count other classes, which got no vote."""
     train, labels = torch.eye(3)[[0, 0, 1, 2]], torch.tensor([0, 0, 1, 2])
     queries = torch.eye(3)[[0, 0, 0, 0]]  # two neighbours, both of class 0, and two places among the first five
     assert knn.knn_classifier(train, labels, queries, torch.tensor([0, 0, 1, 2]), 2, 0.07) == (50.0, 50.0)

@@ -21,6 +21,8 @@ MUTATIONS = [
         ("center_not_moved", 'apply_center(means["center"]', "apply_center(run.loss.center", PLAIN),
         ("temperature_by_step", "teacher_output, epoch)", "teacher_output, step)", PLAIN),
         ("last_layer_not_frozen", "run.args.freeze_last_layer)", "0)", PLAIN),
+        ("fp16_gradients_never_unscaled", "    run.unscale()", "    pass",
+         f"{STEP}::test_a_loss_scale_leaves_no_trace"),
         ("teacher_follows_a_refused_step", "[step]), skip=refused)", "[step]))", REFUSED),
         ("center_follows_a_refused_step", 'means["center"], skip=refused)', 'means["center"])', REFUSED),
         ("drop_path_in_the_teacher", "backbones.build_backbone(**model)",
