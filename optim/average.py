@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from optim import devices
 from optim.sharding import local
 from pretrained import without_prefix
 
@@ -28,7 +29,7 @@ class ParameterAverage:
     @torch.no_grad()
     def update(self, momentum: float, skip: Tensor | None = None) -> None:
         """One step of the average. If the 0-d bool tensor `skip` is true, the teacher stays bit for bit unchanged."""
-        if skip is not None and skip.device.type == "cpu":  # reading it costs nothing here, unlike temporaries
+        if skip is not None and devices.on_cpu(skip):  # reading it costs nothing here, unlike temporaries
             if skip.item():
                 return
             skip = None

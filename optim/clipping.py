@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from optim import devices
 from optim.norms import tensor_norms
 from optim.sharding import local, sharing_group
 
@@ -22,7 +23,7 @@ def clip_each_(gradients: list[Tensor], clip: float) -> Tensor:
     norms = tensor_norms(gradients, group)
     if clip > 0:
         factors = (clip / (norms + 1e-6)).clamp(max=1.0)
-        if norms.device.type == "cpu":  # reading a factor costs nothing here, and most gradients need no scaling
+        if devices.on_cpu(norms):  # reading a factor costs nothing here, and most gradients need no scaling
             for gradient, factor in zip(gradients, factors.tolist(), strict=True):
                 if factor < 1:
                     gradient.mul_(factor)

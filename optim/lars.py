@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optim import devices
 from optim.norms import tensor_norms
 from optim.sharding import local, sharing_group
 
@@ -48,7 +49,7 @@ class LARS(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        if found_inf is not None and found_inf.device.type == "cpu":
+        if found_inf is not None and devices.on_cpu(found_inf):
             if found_inf.item():
                 return loss
             found_inf = None

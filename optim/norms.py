@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from optim import devices
+
 BLOCK = 1 << 18  # numbers summed in float32, with an error of 1e-5 at most
 
 
@@ -16,7 +18,7 @@ def tensor_norms(tensors: list[Tensor], group: dist.ProcessGroup | None = None) 
     more exact, to a degree that depends on the processor's library (3e-5 off on one, 2e-4 on another). Therefore dot
     products are taken block by block, and their results added in float64.
     """
-    if any(t.device.type != "cpu" for t in tensors):
+    if not all(devices.on_cpu(t) for t in tensors):
         norms = torch.stack(torch._foreach_norm(tensors))
     else:
         norms = torch.stack([_square_sum(t.view(-1) if t.is_contiguous() else t.flatten()) for t in tensors]).sqrt()

@@ -49,6 +49,12 @@ def exact_arithmetic():
     torch.set_float32_matmul_precision("highest")
 
 
+@pytest.fixture
+def on_an_accelerator(monkeypatch):
+    """The optimizers take the CPU's tensors for an accelerator's, and go the ways that ask for no value."""
+    monkeypatch.setattr("optim.devices.on_cpu", lambda tensor: False)
+
+
 def _unpacked(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path | None:
     archive = SHARED_DATA / f"{name}.tar"
     if not archive.is_file():

@@ -206,6 +206,15 @@ def test_captured_whole_by_the_compiler():
         torch.testing.assert_close(actual, wanted)
 
 
+def test_beta_is_added_to_every_feature():
+    """The learned scalar moves all of a pooled feature alike."""
+    pool, x = SimPool(8, gamma=2.0, use_beta=True), tensor(0, (2, 5, 8))
+    without = pool(x)
+    with torch.no_grad():
+        pool.beta.fill_(0.7)
+    torch.testing.assert_close(pool(x), without + 0.7)
+
+
 def test_beta_only_with_gamma():
     """beta is a parameter of shape (1,) where gamma and use_beta are set, and absent otherwise."""
     assert SimPool(8, gamma=2.0, use_beta=True).state_dict()["beta"].shape == (1,)

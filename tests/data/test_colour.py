@@ -60,6 +60,18 @@ def test_neutral_parameters_only_normalise(photographs):
     torch.testing.assert_close(ours_, theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_training_crops_are_normalised_as_torchvisions_models_want_it(photographs):
+    """The stage's own mean and deviation are ImageNet's, channel by channel."""
+    from torchvision.models import ResNet50_Weights
+
+    wanted = ResNet50_Weights.IMAGENET1K_V1.transforms()
+    (ours_,) = ColourStage(CropSpec(local_number=0))(
+        [photographs.unflatten(0, (2, 3))], [neutral(6).unflatten(0, (2, 3))]
+    )
+    theirs = TF.normalize(photographs / 255, wanted.mean, wanted.std)
+    torch.testing.assert_close(ours_, theirs, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("column", "operation", "values", "levels"),
     [

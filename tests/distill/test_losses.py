@@ -78,6 +78,17 @@ def test_wrong_number_of_crops_is_an_error():
         golden_loss().terms(torch.randn(21, 256), torch.randn(8, 256), 0)
 
 
+def test_the_center_is_the_mean_over_two_alike_processes(monkeypatch):
+    """It moves as it does in one process: sums are divided by the rows of all."""
+    one, two = golden_loss(), golden_loss()
+    teacher = tensor(5, (8, 256))
+    one.update_center(teacher)
+    monkeypatch.setattr("distill.losses.get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: total.mul_(2))
+    two.update_center(teacher)
+    torch.testing.assert_close(one.center, two.center)
+
+
 def test_a_skipped_center_stays_bit_for_bit():
     """`apply_center` with skip leaves the center as it is, whatever the new one holds."""
     loss_fn = golden_loss()

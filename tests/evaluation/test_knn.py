@@ -85,9 +85,10 @@ def test_k_above_the_training_set_is_clamped_and_said(data, capsys):
 
 
 def test_a_class_without_votes_is_never_a_hit():
-    """With one neighbour's class voted for, top-5 does not count classes that got no vote."""
-    train, labels = torch.eye(2), torch.tensor([0, 1])
-    assert knn.knn_classifier(train, labels, train, torch.tensor([0, 2]), 2, 0.07) == (50.0, 50.0)
+    """If all neighbours are of one class, top-5 does not count other classes, which got no vote."""
+    train, labels = torch.eye(3)[[0, 0, 1, 2]], torch.tensor([0, 0, 1, 2])
+    queries = torch.eye(3)[[0, 0, 0, 0]]  # two neighbours, both of class 0, and two places among the first five
+    assert knn.knn_classifier(train, labels, queries, torch.tensor([0, 0, 1, 2]), 2, 0.07) == (50.0, 50.0)
 
 
 def test_small_temperatures_do_not_overflow(data):
@@ -125,6 +126,21 @@ class Pixels(torch.nn.Module):
 
     def forward(self, x):
         return F.adaptive_avg_pool2d(x, 4).flatten(1) * self.scale
+
+
+class Loud(Pixels):
+    """The same directions, at lengths that grow steeply with an image's contrast."""
+
+    def forward(self, x):
+        features = super().forward(x)
+        return features * features.std(dim=1, keepdim=True).mul(5).exp()
+
+
+def test_an_evaluation_compares_directions_and_not_lengths(small):
+    """Training and validation features are brought to unit length before they are compared."""
+    sources = [open_images(small, split) for split in ("train", "val")]
+    results = [knn.evaluate(model, *sources, (5, 20), img_size=32, num_workers=0) for model in (Pixels(), Loud())]
+    assert results[0] == results[1]
 
 
 def test_an_evaluation_while_training_skips_bad_files(small, tmp_path, capsys):

@@ -21,9 +21,12 @@ def test_average_is_the_formula():
         torch.testing.assert_close(t, e)
 
 
+@pytest.mark.parametrize("device", ["cpu", "accelerator"])
 @pytest.mark.parametrize("skip", [True, False])
-def test_average_with_a_flag(skip):
+def test_average_with_a_flag(request, skip, device):
     """A skipped update leaves the teacher bit for bit; one that is not skipped is the formula."""
+    if device == "accelerator":
+        request.getfixturevalue("on_an_accelerator")
     student, teacher = nn.Linear(3, 4), fill_(nn.Linear(3, 4))
     before = teacher.weight.detach().clone()
     ParameterAverage(student, teacher).update(0.9, skip=torch.tensor(skip))

@@ -52,6 +52,15 @@ def test_clipping():
         assert_close(p.grad, expected, 1e-4)
 
 
+def test_clipping_on_an_accelerator(on_an_accelerator):
+    """Without a look at the factors: long gradients are cut to the length, short ones stay bit for bit."""
+    long, short = tensor(1, (4, 4)) * 100, tensor(2, (4, 4)) * 0.01
+    gradients, norms = [long.clone(), short.clone()], [long.norm().item(), short.norm().item()]
+    assert clip_each_(gradients, 0.5).tolist() == pytest.approx(norms)
+    torch.testing.assert_close(gradients[0], long * (0.5 / (long.norm() + 1e-6)))
+    assert torch.equal(gradients[1], short)
+
+
 def test_no_clipping_changes_nothing():
     """Clip 0 still reports the norms and leaves the gradients bit for bit."""
     gradient = tensor(1, (4, 4)) * 100
@@ -71,9 +80,12 @@ def test_groups():
     assert rest["weight_decay"] == 0.0
 
 
+@pytest.mark.parametrize("device", ["cpu", "accelerator"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_refused_step_changes_nothing(name):
+def test_a_refused_step_changes_nothing(request, name, device):
     """With found_inf set, parameters and state stay bit for bit, whatever the gradients; the next step is the usual."""
+    if device == "accelerator":
+        request.getfixturevalue("on_an_accelerator")
     model, twin = fill_(nn.Linear(8, 6)), fill_(nn.Linear(8, 6))
     runs = [(m, build_optimizer(name, get_params_groups(m))) for m in (model, twin)]
     for _, optimizer in runs:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 
 import numpy as np
 import pytest
@@ -26,7 +28,7 @@ class Model(nn.Module):
         return self.head(self.backbone(x))
 
 
-def make_run(amp: str = "none", clip: float = 0.0, groups=None, steps: int = 10) -> Run:
+def make_run(amp: str = "none", clip: float = 0.0, groups=None, steps: int = 10, teacher: bool = False) -> Run:
     args = argparse.Namespace(
         seed=0, optimizer="adamw", clip_grad=clip, grad_checkpointing=False, compile=False, fsdp=False, epochs=2,
         max_steps=None,
@@ -35,7 +37,8 @@ def make_run(amp: str = "none", clip: float = 0.0, groups=None, steps: int = 10)
     schedules = {"lr": np.linspace(0.1, 1.0, steps), "wd": np.linspace(0.0, 0.9, steps)}
     choice = hardware.Choice(torch.device("cpu"), amp, "highest", channels_last=False)
     more = {} if groups is None else {"groups": groups}
-    return Run(args, choice, Model(), None, nn.MSELoss(), schedules, None, Plan(3, 1, 5), **more)
+    models = (Model(), Model() if teacher else None)
+    return Run(args, choice, *models, nn.MSELoss(), schedules, None, Plan(3, 1, 5), **more)
 
 
 def step(run: Run, number: int, scale: float = 1.0, wishes: Wishes = NO_WISHES) -> torch.Tensor:
@@ -112,6 +115,90 @@ def test_a_refused_step_changes_nothing(amp):
         assert torch.equal(old, new)
     assert step(run, 2)[2] == 0
     assert not all(torch.equal(old, new) for old, new in zip(before, state(run), strict=True))
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_what_is_not_finite_refuses_a_step(bad):
+    """A loss alone, with finite gradients, and one number of one gradient alone."""
+    run = make_run()
+    run.begin(0)
+    loss, means = run.student(tensor(1, (3, 4))).square().mean(), Means()
+    run.backward(loss, 1)
+    means.add(loss=loss * float("inf") if bad == "loss" else loss)
+    if bad == "gradient":
+        run.student.head.bias.grad[1] = float("nan")
+    means.over_ranks(Wishes())
+    before = [p.clone() for p in run.student.parameters()]
+    _, refused = run.update(means)
+    assert refused
+    assert all(torch.equal(a, b) for a, b in zip(before, run.student.parameters(), strict=True))
+
+
+def test_the_last_micro_batch_is_marked():
+    """It is the one in which processes exchange gradients."""
+    run = make_run()
+    run.views = argparse.Namespace(on_device=lambda batch: [batch])
+    assert [batch.last for batch in run.micro_batches([torch.zeros(1, 3, 2, 2)] * 3)] == [False, False, True]
+
+
+def test_a_steps_draws_are_those_of_its_number_and_rank():
+    """What drop path draws is the same whenever a step is run, and another for another step or rank."""
+    draws = []
+    for number, rank in ((3, 0), (3, 0), (4, 0), (3, 1)):
+        run = make_run()
+        run.plan = dataclasses.replace(run.plan, rank=rank, world_size=2)
+        run.begin(number)
+        draws.append(torch.rand(1).item())
+    assert draws[0] == draws[1]
+    assert len(set(draws)) == 3
+
+
+def test_a_refused_step_leaves_the_teachers_statistics():
+    """A teacher in train mode moves its own in every forward; a refused step puts them back."""
+    run = make_run(teacher=True)
+    for scale in (1.0, float("nan")):
+        before = [buffer.clone() for buffer in run.teacher.buffers()]
+        run.begin(0)
+        run.teacher(tensor(2, (3, 4)) * scale)
+        loss, means = run.student(tensor(1, (3, 4))).square().mean() * scale, Means()
+        run.backward(loss, 1)
+        means.add(loss=loss)
+        means.over_ranks(Wishes())
+        refused = bool(run.update(means)[1])
+        assert refused == (scale != 1)
+        kept = [torch.equal(a, b) for a, b in zip(before, run.teacher.buffers(), strict=True)]
+        assert all(kept) if refused else not any(kept)
+
+
+def test_gradients_are_exchanged_in_the_last_backward_only(monkeypatch):
+    """The others run inside DistributedDataParallel's no_sync."""
+
+    class Wrapper(nn.Module):
+        exchanges = True
+
+        @contextlib.contextmanager
+        def no_sync(self):
+            self.exchanges = False
+            yield
+            self.exchanges = True
+
+    run = make_run()
+    monkeypatch.setattr("training.run.DistributedDataParallel", Wrapper)
+    run.student = Wrapper()
+    for now in (False, True):
+        with run.exchange_gradients(now):
+            assert run.student.exchanges == now
+
+
+def test_means_over_two_alike_processes_are_those_of_one(monkeypatch):
+    """What all add up is divided by their number; a wish of any of them is a wish of all."""
+    monkeypatch.setattr("training.run.get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda shared: shared.add_(shared.clone()))
+    means = Means()
+    means.add(loss=torch.tensor(3.0), center=torch.full((1, 4), 10.0))
+    means.over_ranks(Wishes(save=True), center=5)
+    assert torch.equal(means["center"], torch.full((1, 4), 2.0))
+    assert means.report(torch.tensor(7.0), torch.tensor(False)).tolist() == [3.0, 7.0, 0.0, 0.0, 1.0]
 
 
 def test_the_norm_is_that_before_clipping():
