@@ -65,7 +65,7 @@ def test_clear_clusters_are_found():
     for j, p in enumerate(start(pool, 9)):
         group[p] = j
         group[free[2 * j : 2 * j + 2]] = j
-    x = 1000 + 10 * group[None, :, None] + 0.1 * tensor(1, (1, 9, 4))
+    x = 1e5 + 10 * group[None, :, None] + 0.1 * tensor(1, (1, 9, 4))
     pooled, weights = pool(x, return_attention=True)
     for j in range(3):
         torch.testing.assert_close(weights[0, j], (group == j) / 3.0)
