@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS = {
     "sp": 0, "torchfile": 0.1, "pretrained": 0.2, "runtime": 0.3,  # in this order
-    "distill": 1, "optim": 1, "data": 1,
+    "distill": 1, "optim": 1, "data": 1, "poolings": 1,
     "pooled_backbone": 1.5, "vision_transformer": 2, "resnet_simpool": 2, "convnext_simpool": 2,
     "backbones": 3,
     "evaluation": 4,
@@ -95,6 +95,15 @@ def test_backbones_keep_to_themselves(name):
         assert target in (*BACKBONE_FILES, "distill", "torchfile"), f"{name} imports {target}"
 
 
+@pytest.mark.parametrize("name", [name for name in sorted(GRAPH) if name.split(".")[0] == "poolings"])
+def test_poolings_need_torch_and_simpool_only(name):
+    """The pooling operators reach for nothing but torch, the standard library, sp and each other."""
+    import sys
+
+    allowed = {"torch", "sp", "poolings", *sys.stdlib_module_names}
+    assert {imported.split(".")[0] for imported in imports(modules()[name])} <= allowed
+
+
 def test_sp_is_one_file():
     """sp.py needs nothing but torch and the standard library."""
     import sys
@@ -104,7 +113,8 @@ def test_sp_is_one_file():
 
 
 @pytest.mark.parametrize(
-    "package", ["torchfile", "distill", "optim", "data", "runtime", "evaluation", "training", "tools", "benchmarks"]
+    "package",
+    ["torchfile", "poolings", "distill", "optim", "data", "runtime", "evaluation", "training", "tools", "benchmarks"],
 )
 def test_package_init_files_are_empty(package):
     """Importing a package runs nothing."""

@@ -1,0 +1,81 @@
+"""build_pooling: the only place that turns a name into a pooling operator.
+
+All of them take tokens or maps and return one vector per image, so any can stand where SimPool stands:
+
+    pool = build_pooling("gem", 384, p=2.0)
+    feature = pool(tokens)                  # (B, N, 384) -> (B, pool.num_features);  maps (B, 384, H, W) work as well
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from poolings.clusters import KMeans
+from poolings.gates import Cbam, GatherExcite, Se
+from poolings.how import How
+from poolings.otk import Otk
+from poolings.shapes import Grid
+from poolings.simple import AvgMax, Gap, GeM, Lse, Max
+from poolings.simpool import SimPool
+from poolings.slot import Slot
+from poolings.tokens import Cait, Cls
+
+CLASSES = (Gap, Max, AvgMax, GeM, Lse, How, Otk, KMeans, Slot, Se, Cbam, GatherExcite, Cls, Cait, SimPool)
+POOLINGS: dict[str, type[nn.Module]] = {operator.name: operator for operator in CLASSES}
+PUBLISHED_NAMES = {"avg": "gap", "learnlse": "lse", "vit": "cls"}  # in the code that SimPool was compared with
+
+
+class Pooling(Protocol):
+    """What every operator offers."""
+
+    num_features: int
+    needs_map: bool
+
+    def __call__(
+        self, x: Tensor, return_attention: bool = False, grid: Grid | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """(B, N, D) or (B, D, H, W) -> (B, num_features); with return_attention also (B, heads, N)."""
+
+
+def build_pooling(name: str, dim: int, gamma: float | None = None, **settings: Any) -> nn.Module:
+    """A newly initialised operator (it satisfies `Pooling`).
+
+    Args:
+        name: a key of POOLINGS.
+        dim: width of the tokens or maps that are to be pooled.
+        gamma: exponent of simpool; the others have none.
+        settings: the operator's own, by the names of its class's arguments.
+
+    Raises:
+        ValueError: for an unknown name or setting (with near matches), for gamma without simpool, and for a value that
+            can't work.
+    """
+    if name not in POOLINGS:
+        if name in PUBLISHED_NAMES:
+            raise ValueError(f"unknown pooling {name!r}: it is called {PUBLISHED_NAMES[name]} here")
+        raise ValueError(f"unknown pooling {name!r}{_near(name, POOLINGS)}; known are {', '.join(POOLINGS)}")
+    known = settings_of(name)
+    if "gamma" in known:
+        settings["gamma"] = gamma
+    elif gamma is not None:
+        raise ValueError(f"{name} has no gamma, got {gamma}; only simpool has one: leave it out")
+    for setting in settings:
+        if setting not in known:
+            listed = ", ".join(known) or "none"
+            raise ValueError(f"{name} has no setting {setting!r}{_near(setting, known)}; it has {listed}")
+    return POOLINGS[name](dim, **settings)
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """The settings of an operator and their defaults."""
+    parameters = inspect.signature(POOLINGS[name]).parameters
+    return {key: parameter.default for key, parameter in parameters.items() if key != "dim"}
+
+
+def _near(word: str, known: Any) -> str:
+    near = difflib.get_close_matches(str(word), list(known), n=3)
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
