@@ -8,17 +8,23 @@ values here come from runs on 4,000 images (docs/LOG.md); they are a starting po
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
 FEW = 20_000
 
 
-def fit_to_few_images(args: argparse.Namespace, images: int) -> None:
-    """Replace values from a published recipe, noting which and why; explicit flags and an explicit --recipe win."""
+def fit_to_few_images(args: argparse.Namespace, images: int, begun_with: Mapping[str, Any]) -> None:
+    """Replace values from a published recipe, noting which and why; explicit flags and an explicit --recipe win.
+
+    begun_with: the arguments of the run that is continued, which keeps its values; empty for a new run.
+    """
     if images >= FEW or args.recipe != "auto":
         return
     chosen = []
     for key, value, why in _choices(args, images):
+        if key in begun_with:
+            value, why = begun_with[key], "as the run began"
         if args.sources.get(key, "").startswith("recipe simpool") and getattr(args, key) != value:
             chosen.append(f"{key} {getattr(args, key)} -> {value} ({why})")
             setattr(args, key, value)
@@ -28,9 +34,9 @@ def fit_to_few_images(args: argparse.Namespace, images: int) -> None:
 
 
 def _choices(args: argparse.Namespace, images: int) -> list[tuple[str, Any, str]]:
-    batch = min(args.batch_size_per_gpu, 32 if images < 5_000 else 64)
+    batch = min(args.batch_size_per_gpu, 32 if images < 5_000 else 64, max(1, images // 2))
     choices = [
-        ("batch_size_per_gpu", batch, "more steps per epoch"),
+        ("batch_size_per_gpu", batch if args.global_batch_size is None else args.batch_size_per_gpu, "more steps"),
         ("out_dim", 1024 if images < 5_000 else 4096, "as many prototypes as so few images can fill"),
         ("momentum_teacher", 0.98 if images < 5_000 else 0.99, "so that the teacher moves within few steps"),
         ("teacher_temp", 0.04, "low: with few steps a higher one tends to collapse"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import textwrap
 import time
@@ -82,7 +83,7 @@ def _locked(folder: Path) -> FolderLock:
 
 def _train_in(folder: Path, args: argparse.Namespace, method: Method, stop: StopRequest) -> int:
     train, val = open_data(args)
-    fit_to_few_images(args, len(train))
+    fit_to_few_images(args, len(train), on_main_process(lambda: begun_with(folder)))
     run = build(args, method, len(train))
     loop = Loop(run, method, train, val, stop)
     found = continue_run(folder, loop)
@@ -109,6 +110,15 @@ def _train_in(folder: Path, args: argparse.Namespace, method: Method, stop: Stop
         for line in what_next(folder, args):
             say(line)
     return code
+
+
+def begun_with(folder: Path) -> dict[str, Any]:
+    """The arguments of the run in `folder`; none if it is a new one, or they can't be read."""
+    try:
+        content = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def build(args: argparse.Namespace, method: Method, images: int) -> Run:

@@ -71,15 +71,32 @@ def test_values_that_cannot_work(flags, message):
 def test_few_images_get_settings_that_fit():
     """Values of the published recipe are replaced, with a reason; the user's stay."""
     args = resolved("--teacher_temp", 0.06)
-    few_images.fit_to_few_images(args, 900)
+    few_images.fit_to_few_images(args, 900, {})
     assert (args.out_dim, args.momentum_teacher, args.teacher_temp) == (1024, 0.98, 0.06)
     assert args.sources["out_dim"] == "for 900 images"
     assert "out_dim 65536 -> 1024" in args.notes[-1]
+
+
+def test_a_run_of_few_images_keeps_what_it_began_with():
+    """A run that began with published values, by an earlier version say, goes on with them."""
+    args = resolved()
+    few_images.fit_to_few_images(args, 900, {"out_dim": 65536, "momentum_teacher": 0.9})
+    assert (args.out_dim, args.momentum_teacher, args.teacher_temp) == (65536, 0.9, 0.04)
+
+
+def test_a_handful_of_images():
+    """A batch is never more than half of them; a global batch that was asked for is not cut into small forwards."""
+    args = resolved()
+    few_images.fit_to_few_images(args, 20, {})
+    assert args.batch_size_per_gpu == 10
+    args = resolved("--global_batch_size", 400)
+    few_images.fit_to_few_images(args, 900, {})
+    assert args.batch_size_per_gpu == 100
 
 
 @pytest.mark.parametrize(("flags", "images"), [((), 20_000), (("--recipe", "simpool"), 900)])
 def test_published_settings_stay(flags, images):
     """With many images, and if a recipe was asked for by name."""
     args = resolved(*flags)
-    few_images.fit_to_few_images(args, images)
+    few_images.fit_to_few_images(args, images, {})
     assert args.out_dim == 65536
