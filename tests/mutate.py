@@ -1,7 +1,7 @@
 """Small faults, put one at a time into a copy of the code: a quick test must notice each.
 
     python -m tests.mutate --jobs 2          all mutations, two at a time
-    python -m tests.mutate --only ema_gpu    one of them
+    python -m tests.mutate --only rate_late  one of them, or several
     python -m tests.mutate --list            their names, and what they change
 
 Every fault is a mistake that somebody could make: training goes on with it, and only its results are worse, or wrong.
