@@ -1,4 +1,4 @@
-"""Forward and backward of every pooling operator, beside global average pooling and timm's operator if it has one.
+"""Forward and backward of every pooling operator, compared with gap and with timm's operator if it has one.
 
     python -m benchmarks.poolings [--rounds 5] [--device auto] [--operators gem cait ...]
 

@@ -26,7 +26,7 @@ class Gap(PoolingBase):
 class Max(PoolingBase):
     """Maximum of each channel: u = max_p x_p. (B, N, D) or (B, D, H, W) -> (B, D); no attention.
 
-    Positions that tie share the gradient equally, where torch's max-pooling layers give all of it to the first.
+    Positions that tie share the gradient equally; torch's max-pooling layers give all of it to the first.
     """
 
     name = "max"
