@@ -14,10 +14,6 @@ from tests.reference import GOLDEN_DIR, assert_close, fill_, tensor
 
 # In place of defaults that are unhandy in tests.
 SETTINGS = {"how": {"width": 24}, "simpool": {"gamma": 2.0}, "slot": {"eval_seed": 1}}
-    "how": {"width": 24},
-    "simpool": {"gamma": 2.0},
-    "slot": {"eval_seed": 1},
-}  # instead of defaults that are unhandy in tests
 NAMES = tuple(POOLINGS)
 
 
