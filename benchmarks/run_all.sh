@@ -80,6 +80,7 @@ section "Step, each change alone" "$small --arch vit_tiny" benchmarks.train_step
 section "Update" "--rounds 1 --out_dim 256" benchmarks.optimizer
 section "Start-up" "--rounds 1" benchmarks.startup
 section "SimPool layer" "--rounds 1" benchmarks.simpool_layer
+section "Pooling operators" "--rounds 1" benchmarks.poolings
 section "Head and loss" "--rounds 1 --batch_size 4 --out_dim 1024" benchmarks.head_loss
 section "k-NN" "--rounds 1 --images 2000 --queries 200" benchmarks.knn
 section "Linear probe" "--rounds 1 --batch 2 --heads 1 10" benchmarks.linear_probe --batch 32

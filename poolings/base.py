@@ -20,9 +20,9 @@ WITH_ATTENTION = ("how", "otk", "kmeans", "slot", "cbam", "cls", "cait", "simpoo
 class PoolingBase(nn.Module):
     """An operator implements `pool`; this class brings its input into layout and precision.
 
-    Everything is computed in the precision of the parameters, in float32 or better if there are none, whatever autocast
-    says: exponentials, powers and sums over positions lose too much in half precision, and they cost little beside a
-    backbone. The result has the dtype of the input.
+    Everything is computed in the precision of the parameters (float32 or better if there are none), with autocast
+    switched off: exponentials, powers and sums over positions lose too much in half precision, and they cost little
+    compared with a backbone. The result has the dtype of the input.
 
     Attributes:
         name: what `poolings.choose` knows the operator by.

@@ -1,6 +1,6 @@
 """build_pooling: the only place that turns a name into a pooling operator.
 
-All of them take tokens or maps and return one vector per image, so any can stand where SimPool stands:
+All of them take tokens or maps and return one vector per image, so any of them can take the place of SimPool:
 
     pool = build_pooling("gem", 384, p=2.0)
     feature = pool(tokens)                  # (B, N, 384) -> (B, pool.num_features);  maps (B, 384, H, W) work as well

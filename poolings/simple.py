@@ -26,7 +26,7 @@ class Gap(PoolingBase):
 class Max(PoolingBase):
     """Maximum of each channel: u = max_p x_p. (B, N, D) or (B, D, H, W) -> (B, D); no attention.
 
-    Positions that tie share the gradient equally, where torch's max-pooling layers give all of it to the first.
+    Positions that tie share the gradient equally; torch's max-pooling layers give all of it to the first.
     """
 
     name = "max"
@@ -52,8 +52,8 @@ class GeM(PoolingBase):
     """Generalised mean of each channel: u = (mean_p max(x_p, eps)^p)^(1/p). No attention.
 
     Source: Radenovic et al., "Fine-tuning CNN Image Retrieval with No Human Annotation", TPAMI 2019.
-    Shapes: (B, N, D) or (B, D, H, W) -> (B, D). Parameter `p` (1,), if it is learned. Powers are taken of each
-    channel's shares of its maximum, so that large exponents neither overflow nor underflow.
+    Shapes: (B, N, D) or (B, D, H, W) -> (B, D). Parameter `p` (1,), if it is learned. It is computed as
+    the exponential of lse of the logarithms, with r = p: faster than powers, and large exponents can't overflow.
 
     Departures from the code published with SimPool, which takes a sum in place of the mean over a window of 7 x 7, does
     not clamp, and has a fixed exponent: `GeM(dim, p=2, learn=False, reduce="sum", eps=None)` is that code on a map of
@@ -84,12 +84,9 @@ class GeM(PoolingBase):
         self.eps = None if eps is None else positive(self.name, "eps", eps)
 
     def pool(self, x: Tensor) -> tuple[Tensor, None]:
-        x = x.abs() if self.eps is None else x.clamp_min(self.eps)
-        tiny = torch.finfo(x.dtype).tiny  # a channel of zeros is possible if eps is None
-        largest = x.detach().amax(1, keepdim=True).clamp_min(tiny)
-        powers = (x / largest).pow(self.p)
-        total = powers.mean(1) if self.reduce == "mean" else powers.sum(1)
-        return largest.squeeze(1) * total.clamp_min(tiny).pow(1.0 / self.p), None
+        x = x.abs().clamp_min(torch.finfo(x.dtype).tiny) if self.eps is None else x.clamp_min(self.eps)
+        pooled = log_mean_exp(x.log(), self.p).exp()
+        return pooled if self.reduce == "mean" else pooled * x.shape[1] ** (1.0 / self.p), None
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, p={_shown(self.p)}, reduce={self.reduce!r}, eps={self.eps}"
@@ -100,7 +97,7 @@ class Lse(PoolingBase):
 
     Source: Pinheiro and Collobert, "From Image-level to Pixel-level Labeling with Convolutional Networks", CVPR 2015.
     Shapes: (B, N, D) or (B, D, H, W) -> (B, D). Parameter `r` (1,), if it is learned. A small r comes near the mean, a
-    large one near the maximum. The exponential is taken of differences from the maximum, so that it can't overflow.
+    large one near the maximum.
 
     The code published with SimPool has two of it: lse is `Lse(dim, r=1, learn=False)`, learnlse is the default.
 
@@ -118,12 +115,17 @@ class Lse(PoolingBase):
         self.r = nn.Parameter(torch.tensor([r])) if flag(self.name, "learn", learn) else r
 
     def pool(self, x: Tensor) -> tuple[Tensor, None]:
-        largest = x.detach().amax(1, keepdim=True)  # without a gradient: the result does not depend on it
-        mean = (self.r * (x - largest)).exp().mean(1)
-        return largest.squeeze(1) + mean.log() / self.r, None
+        return log_mean_exp(x, self.r), None
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, r={_shown(self.r)}"
+
+
+def log_mean_exp(x: Tensor, r: float | Tensor) -> Tensor:
+    """(B, N, D) -> (B, D): (1/r) log mean_p exp(r x_p), by differences from the maximum, so that it can't overflow."""
+    largest = x.detach().amax(1, keepdim=True)  # without a gradient: the result does not depend on it
+    mean = (r * (x - largest)).exp().mean(1)
+    return largest.squeeze(1) + mean.log() / r
 
 
 def _shown(value: float | nn.Parameter) -> str:

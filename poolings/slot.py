@@ -56,7 +56,7 @@ class Slot(PoolingBase):
         self.eval_noise = flag(self.name, "eval_noise", eval_noise)
         self.eval_seed = None if eval_seed is None else whole(self.name, "eval_seed", eval_seed, least=0)
         if eval_noise and eval_seed is not None:
-            raise ValueError(f"{self.name}: eval_noise draws anew and eval_seed={eval_seed} never does; choose one")
+            raise ValueError(f"{self.name}: eval_noise draws every time, eval_seed={eval_seed} only once; choose one")
         self.scale = dim**-0.5
         self.slots_mu = nn.Parameter(torch.randn(1, 1, dim))
         self.slots_logsigma = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, 1, dim)))

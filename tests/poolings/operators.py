@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from poolings.choose import POOLINGS, build_pooling
 from tests.reference import GOLDEN_DIR, assert_close, fill_, tensor
 
-SETTINGS = {"how": {"width": 24}, "simpool": {"gamma": 2.0}, "slot": {"eval_seed": 1}}  # where a default is unhandy
+# In place of defaults that are unhandy in tests.
+SETTINGS = {"how": {"width": 24}, "simpool": {"gamma": 2.0}, "slot": {"eval_seed": 1}}
 NAMES = tuple(POOLINGS)
 
 

@@ -1,5 +1,8 @@
 """From a name and settings to an operator, and what is refused on the way."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from poolings.choose import POOLINGS, build_pooling, settings_of
@@ -40,6 +43,16 @@ def test_defaults():
         "cait": {"heads": 4},
         "simpool": {"gamma": None, "use_beta": False, "value_min": "image"},
     }
+
+
+def test_the_document_lists_them():
+    """docs/poolings.md has a row for each operator in this order, with its settings and defaults as they are."""
+    document = (Path(__file__).resolve().parents[2] / "docs" / "poolings.md").read_text()
+    found = {}
+    for name, settings in re.findall(r"^\| `(\w+)` \| [^|]* \| (?:`(.*?)`)? *\|", document, re.MULTILINE):
+        found[name] = eval(f"dict({settings})")
+    assert list(found) == list(POOLINGS)
+    assert found == {name: settings_of(name) for name in POOLINGS}
 
 
 @pytest.mark.parametrize(

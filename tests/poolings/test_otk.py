@@ -24,7 +24,7 @@ def test_formula():
 
 
 def test_large_logits():
-    """Where exp(X w / eps) overflows, the weights still are a distribution, and the largest similarity wins."""
+    """Even if exp(X w / eps) overflows, the weights are a distribution, and the largest similarity wins."""
     pool, x = Otk(6, eps=1e-3), 100 * tensor(1, (2, 9, 6))
     pooled, attention = pool(x, return_attention=True)
     winner = (x @ pool.otk["weight"][0, 0]).argmax(1)

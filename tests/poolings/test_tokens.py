@@ -67,7 +67,7 @@ def test_start():
 
 
 def test_weights_stay_a_distribution_if_the_token_wins():
-    """Where [CLS] attends to itself alone, its weights over the positions are still finite and sum to 1."""
+    """Even if [CLS] attends to itself alone, its weights over the positions are still finite and sum to 1."""
     pool = fill_(Cls(16))
     pool.cls_token.data.fill_(30.0)
     with torch.no_grad():
