@@ -25,8 +25,8 @@ MUTATIONS = [
          f"{STEP}::test_a_loss_scale_leaves_no_trace"),
         ("teacher_follows_a_refused_step", "[step]), skip=refused)", "[step]))", REFUSED),
         ("center_follows_a_refused_step", 'means["center"], skip=refused)', 'means["center"])', REFUSED),
-        ("drop_path_in_the_teacher", "backbones.build_backbone(**model)",
-         "backbones.build_backbone(**model, drop_path_rate=args.drop_path_rate)",
+        ("drop_path_in_the_teacher", "teacher_backbone = build_backbone(args)",
+         "teacher_backbone = build_backbone(args, drop_path_rate=args.drop_path_rate)",
          "tests/test_main_dino.py::test_student_and_teacher_share_the_pooling"),
     ),
     *of_file(
@@ -85,7 +85,7 @@ MUTATIONS = [
         ("moments_forgotten", 'sharding.load_optimizer(run.optimizer, state["optimizer"])', "pass",
          f"{STATE}::test_a_state_is_loaded_whole"),
         ("teacher_from_the_student", 'sharding.load_model(run.teacher, state["teacher"])',
-         "sharding.load_model(run.teacher, student)", f"{STATE}::test_a_state_is_loaded_whole"),
+         'sharding.load_model(run.teacher, without_prefix(state["student"], "module."))', f"{STATE}::test_a_state_is_loaded_whole"),
     ),
     *of_file(
         "training/loop.py",
