@@ -85,7 +85,8 @@ MUTATIONS = [
         ("moments_forgotten", 'sharding.load_optimizer(run.optimizer, state["optimizer"])', "pass",
          f"{STATE}::test_a_state_is_loaded_whole"),
         ("teacher_from_the_student", 'sharding.load_model(run.teacher, state["teacher"])',
-         'sharding.load_model(run.teacher, without_prefix(state["student"], "module."))', f"{STATE}::test_a_state_is_loaded_whole"),
+         'sharding.load_model(run.teacher, without_prefix(state["student"], "module."))',
+         f"{STATE}::test_a_state_is_loaded_whole"),
     ),
     *of_file(
         "training/loop.py",
