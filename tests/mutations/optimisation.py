@@ -5,14 +5,14 @@ from __future__ import annotations
 from tests.mutate import of_file
 
 STEP = "tests/training/test_step.py"
-OPTIMIZERS = "tests/optim/test_optimizers.py"
-AVERAGE = "tests/optim/test_average.py"
+OPTIM = "tests/optim"
+AVERAGE = f"{OPTIM}/test_average.py"
 PLAIN = f"{STEP}::test_the_step_is_the_plain_one[sgd]"
 PLAIN_ADAMW = f"{STEP}::test_the_step_is_the_plain_one[adamw]"
 PLAIN_LARS = f"{STEP}::test_the_step_is_the_plain_one[lars]"
 ACCELERATOR = f"{STEP}::test_the_step_of_an_accelerator_is_the_plain_one[sgd]"
 ACCELERATOR_LARS = f"{STEP}::test_the_step_of_an_accelerator_is_the_plain_one[lars]"
-COSINES = f"{OPTIMIZERS}::test_cosine_schedules"
+COSINES = f"{OPTIM}/test_schedules.py::test_cosine_schedules"
 
 MUTATIONS = [
     *of_file(
@@ -29,9 +29,9 @@ MUTATIONS = [
     ),
     *of_file(
         "optim/groups.py",
-        ("vectors_decay", " or parameter.ndim == 1", "", f"{OPTIMIZERS}::test_groups"),
+        ("vectors_decay", " or parameter.ndim == 1", "", f"{OPTIM}/test_groups.py::test_groups"),
         ("biases_decay", '"params": not_regularised, "weight_decay": 0.0}', '"params": not_regularised}',
-         f"{OPTIMIZERS}::test_groups"),
+         f"{OPTIM}/test_groups.py::test_groups"),
     ),
     *of_file(
         "optim/lars.py",
@@ -39,9 +39,9 @@ MUTATIONS = [
          PLAIN_LARS),
         ("lars_without_momentum_gpu", 'mu * group["momentum"] + update', "update", ACCELERATOR_LARS),
         ("lars_step_not_refused_gpu", "torch.where(skip, torch.zeros_like(mu), mu)", "mu",
-         f"{OPTIMIZERS}::test_a_refused_step_changes_nothing"),
-        ("lars_ratio_upside_down", "p_norms / u_norms", "u_norms / p_norms", f"{OPTIMIZERS}::test_lars_four_steps"),
-        ("lars_adapts_vectors", "if p.ndim != 1]", "]", f"{OPTIMIZERS}::test_lars_four_steps"),
+         f"{OPTIM}/test_optimizers.py::test_a_refused_step_changes_nothing"),
+        ("lars_ratio_upside_down", "p_norms / u_norms", "u_norms / p_norms", f"{OPTIM}/test_lars.py::test_lars_four_steps"),
+        ("lars_adapts_vectors", "if p.ndim != 1]", "]", f"{OPTIM}/test_lars.py::test_lars_four_steps"),
     ),
     *of_file(
         "optim/average.py",
@@ -53,18 +53,18 @@ MUTATIONS = [
     ),
     *of_file(
         "optim/clipping.py",
-        ("clipping_does_nothing", "gradient.mul_(factor)", "pass", f"{OPTIMIZERS}::test_clipping"),
+        ("clipping_does_nothing", "gradient.mul_(factor)", "pass", f"{OPTIM}/test_clipping.py::test_clipping"),
         ("clipping_does_nothing_gpu", "torch._foreach_mul_(gradients, list(factors.unbind()))", "pass", ACCELERATOR),
         ("small_gradients_grow_gpu", ".clamp(max=1.0)", "", ACCELERATOR),
         ("frozen_an_epoch_long", "if epoch >= freeze_last_layer", "if epoch > freeze_last_layer",
-         f"{OPTIMIZERS}::test_last_layer_freeze"),
+         f"{OPTIM}/test_clipping.py::test_last_layer_freeze"),
     ),
     *of_file(
         "optim/norms.py",
         ("sum_of_magnitudes_for_the_norm_gpu", "torch._foreach_norm(tensors)", "torch._foreach_norm(tensors, 1)",
          ACCELERATOR),
         ("norms_of_one_block", "for block in flat.split(BLOCK)]", "for block in flat.split(BLOCK)[:1]]",
-         f"{OPTIMIZERS}::test_norms_of_large_gradients_are_exact"),
+         f"{OPTIM}/test_norms.py::test_norms_of_large_gradients_are_exact"),
     ),
     *of_file(
         "optim/batchnorm.py",
