@@ -40,7 +40,8 @@ MUTATIONS = [
         ("lars_without_momentum_gpu", 'mu * group["momentum"] + update', "update", ACCELERATOR_LARS),
         ("lars_step_not_refused_gpu", "torch.where(skip, torch.zeros_like(mu), mu)", "mu",
          f"{OPTIM}/test_optimizers.py::test_a_refused_step_changes_nothing"),
-        ("lars_ratio_upside_down", "p_norms / u_norms", "u_norms / p_norms", f"{OPTIM}/test_lars.py::test_lars_four_steps"),
+        ("lars_ratio_upside_down", "p_norms / u_norms", "u_norms / p_norms",
+         f"{OPTIM}/test_lars.py::test_lars_four_steps"),
         ("lars_adapts_vectors", "if p.ndim != 1]", "]", f"{OPTIM}/test_lars.py::test_lars_four_steps"),
     ),
     *of_file(
