@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from data.datasets import open_images
 from data.sampler import shard_for_eval
-from evaluation import features, identity, knn, labelled, low_shot, options, records, stored_features
+from evaluation import features, identity, knn, labelled, low_shot, options, records, report, stored_features
 from evaluation.knn import knn_classifier
 from evaluation.models import LoadedModel, load_checkpoint_model
 from evaluation.retrieval import multi_scale
@@ -137,6 +137,7 @@ def evaluate(args: argparse.Namespace, folder: Path) -> int:
     names = ("nb_knn", "temperature", "low_shot", "low_shot_draw", "subset", "seed", "val_fraction")
     settings = {name: getattr(args, name) for name in names} | found.numerics
     records.write_evaluation(folder, "eval_knn", found.model, found.data, settings, results)
+    report.refresh_report(args.pretrained_weights)
     return EXIT_DONE
 
 

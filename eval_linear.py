@@ -27,7 +27,7 @@ from torch import nn
 from data.parts import Part
 from data.sampler import TrainSampler
 from data.source import ImageSource
-from evaluation import cached, features, heads, identity, labelled, linear, logistic, options, records
+from evaluation import cached, features, heads, identity, labelled, linear, logistic, options, records, report
 from evaluation.crops import build_probe_loader
 from evaluation.forms import Form, default_forms, form_widths, probe_features
 from evaluation.linear import LinearClassifier, Probe
@@ -164,6 +164,7 @@ class Task:
         records.write_evaluation(
             self.folder, name, options.describe(self.loaded, self.args), data, common | settings, results
         )
+        report.refresh_report(self.args.pretrained_weights)
         return results
 
 

@@ -19,7 +19,9 @@ from evaluation import page, plots
 from evaluation.found import Evaluation, find_evaluations
 from evaluation.records import table
 from runtime.checkpoint import write_text_atomic
+from runtime.distributed import is_main_process
 from runtime.guards import InputError
+from runtime.terminal import say
 
 STATES = ("running", "done", "preempted", "stopped")
 STALE_S = 30 * 60  # a run that has written nothing for so long, and left no marker, has stopped
@@ -30,6 +32,20 @@ MAIN_SETTINGS = (
     "global_batch_size", "optimizer", "lr", "recipe", "out_dim", "seed",
 )  # fmt: skip
 _LARGEST_PICTURE = 16 << 20  # bytes
+
+
+def refresh_report(checkpoint: str | Path | None) -> None:
+    """Write the page of a checkpoint's run again on rank 0, if there is one: a new evaluation belongs on it.
+
+    A page that can't be written is a warning; the evaluation's own results are safe by then.
+    """
+    page_of_run = Path(checkpoint).parent / "report.html" if checkpoint else None
+    if page_of_run is None or not is_main_process() or not page_of_run.is_file():
+        return
+    try:
+        say(f"report: {write_report(page_of_run.parent)}")
+    except (OSError, InputError) as error:
+        say(f"warning: {page_of_run} was not refreshed ({error})")
 
 
 def write_report(output_dir: str | Path, state: str | None = None, changed: Sequence[str] | None = None) -> Path:

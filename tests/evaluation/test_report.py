@@ -174,3 +174,20 @@ def test_folders_that_cannot_be_written_are_refused(tmp_path):
     with pytest.raises(InputError, match="file"):
         records.output_folder(tmp_path / "file" / "x", None)
     assert records.output_folder(None, tmp_path / "a" / "checkpoint.pth") == tmp_path / "a"
+
+
+def test_an_evaluation_refreshes_the_page_of_its_run(tmp_path, monkeypatch, capsys):
+    """The page of the checkpoint's run is written again; without one nothing happens, and a failure is a warning."""
+    report.refresh_report(tmp_path / "checkpoint.pth")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "report.html").write_text("old")
+    write_evaluation(tmp_path / "after", "eval_knn", KNN)
+    report.refresh_report(tmp_path / "checkpoint.pth")
+    assert "Results" in (tmp_path / "report.html").read_text()
+
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(report, "write_text_atomic", full)
+    report.refresh_report(tmp_path / "checkpoint.pth")
+    assert "was not refreshed (no space left)" in capsys.readouterr().out
