@@ -155,7 +155,7 @@ def test_two_ranks_train_the_heads_of_one(checkpoint, root, tmp_path):
         (["--lr", "nan"], "lr nan"),
         (["--num_heads", "0"], "num_heads 0"),
         (["--img_size", "1000000"], "img_size 1000000"),
-        (["--val_fraction", "0.1"], "val split already"),
+        (["--val_fraction", "0.1"], "has val images already"),
         (["--num_labels", "3"], "num_labels 3.*4 classes"),
         (["--lr", "0"], "lr 0"),
         (["--epochs", "0"], "epochs 0"),

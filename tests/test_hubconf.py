@@ -96,7 +96,7 @@ def test_weights_of_another_model_are_refused(tmp_path):
     """Weights that don't fit are a ValueError that names keys, and a missing file one that names the path."""
     path = str(tmp_path / "weights.pth")
     torch.save(hubconf.resnet18(num_classes=0).state_dict(), path)
-    with pytest.raises(ValueError, match=r"of mode official, not simpool"):
+    with pytest.raises(ValueError, match=r"are for mode official, not simpool"):
         hubconf.resnet18_simpool(pretrained=path)
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth does not exist"):
         hubconf.resnet18(pretrained="nowhere.pth")

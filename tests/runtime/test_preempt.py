@@ -68,7 +68,8 @@ def test_ctrl_c_is_answered_while_a_library_works():
         process.send_signal(signal.SIGINT)
         assert "finishing this step, then saving" in process.stderr.readline()
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 130
+        # 130 if our thread ended it, the signal itself if Python had run the first handler by then.
+        assert process.wait(30) in (130, -signal.SIGINT)
         assert process.stdout.read() == ""
     finally:
         process.kill()
