@@ -253,6 +253,8 @@ class VisionTransformer(PooledBackbone):
         drop_path_rate: stochastic depth of the last block; earlier ones have proportionally less.
         pos_embed_policy: "exact" or "reference" (module docstring); concerns SimPool mode only.
         value_min: SimPool's minimum, "image" or "batch".
+        masked_im_modeling: have the parameter `masked_embed` (1, D), zeros at first, which takes the place of masked
+            patches (iBOT's student); without it the model takes no masks.
 
     Raises:
         ValueError: for an unknown mode or policy, a size not divisible by the patch size, or a width not divisible by
@@ -279,6 +281,7 @@ class VisionTransformer(PooledBackbone):
         norm_layer=partial(nn.LayerNorm, eps=1e-6),  # noqa: B008 (a constructor, never changed)
         pos_embed_policy: str = "exact",
         value_min: str = "image",
+        masked_im_modeling: bool = False,
     ) -> None:
         super().__init__(mode)
         if pos_embed_policy not in POS_EMBED_POLICIES:
@@ -292,6 +295,8 @@ class VisionTransformer(PooledBackbone):
         self.num_prefix_tokens = 1 if mode == "official" else 0
         if mode == "official":
             self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        if masked_im_modeling:
+            self.masked_embed = nn.Parameter(torch.zeros(1, embed_dim))
         positions = self.num_prefix_tokens + self.patch_embed.num_patches
         self.pos_embed = nn.Parameter(torch.zeros(1, positions, embed_dim))
         self.pos_drop = nn.Dropout(drop_rate)
@@ -330,17 +335,37 @@ class VisionTransformer(PooledBackbone):
         patches = patches.permute(0, 2, 3, 1).flatten(1, 2).to(prefix.dtype)
         return torch.cat((prefix, patches), dim=1)
 
-    def prepare_tokens(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) -> the first block's input (B, T, D)."""
+    def mask_patches(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Patches (B, N, D) with masked_embed in place of those that the mask, (B, h, w) or (B, N) bool, hides.
+
+        Raises ValueError for a mask of another shape or dtype, and in a model built without masked_im_modeling.
+        """
+        if not hasattr(self, "masked_embed"):
+            raise ValueError("this model has no masked_embed and takes no mask; build it with masked_im_modeling=True")
+        flat = mask.flatten(1)
+        if mask.dtype != torch.bool or flat.shape != x.shape[:2]:
+            raise ValueError(
+                f"mask of shape {tuple(mask.shape)} and dtype {mask.dtype} does not fit {x.shape[0]} images of "
+                f"{x.shape[1]} patches; it must be (B, h, w) or (B, N), torch.bool"
+            )
+        return torch.where(flat[..., None], self.masked_embed.to(x.dtype), x)
+
+    def prepare_tokens(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Images (B, C, H, W) -> the first block's input (B, T, D); `mask` as mask_patches takes it."""
         height, width = x.shape[-2:]
         x = self.patch_embed(x)
+        if mask is not None:
+            x = self.mask_patches(x, mask)
         if self.mode == "official":
             x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x), dim=1)
         return self.pos_drop(x + self.interpolate_pos_encoding(x, height, width))
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Tokens (B, T, D) after the last block, before the final norm: what is pooled."""
-        x = self.prepare_tokens(x)
+    def forward_features(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Tokens (B, T, D) after the last block, before the final norm: what is pooled.
+
+        Patches that `mask`, (B, h, w) or (B, N) bool, hides enter as masked_embed, at their own positions.
+        """
+        x = self.prepare_tokens(x, mask)
         for block in self.blocks:
             x = self.run_block(block, x)
         return x

@@ -1,12 +1,13 @@
-"""DINO's projection head: an MLP, L2 normalisation, and a weight-normalised layer of K prototypes.
+"""The projection heads of DINO and iBOT: an MLP, L2 normalisation, and a weight-normalised layer of K prototypes.
 
 Follows "Emerging Properties in Self-Supervised Vision Transformers" (ICCV 2021), with the parameter names of its
 checkpoints: `mlp.*`, `last_layer.weight_g`, `last_layer.weight_v`. torch's current weight normalisation names the last
-two differently, and its older one cannot be deep-copied, hence our own layer.
+two differently, and its older one cannot be deep-copied, hence our own layer. iBOT ("Image BERT Pre-Training with
+Online Tokenizer", ICLR 2022) adds the patches' prototypes, `last_layer2.*`.
 
 The bottleneck is normalised in float32 under autocast too, because float16 loses small norms.
 
-Shape letters: N rows (views times images), K prototypes.
+Shape letters: N rows (views times images), K prototypes. In iBOTHead: B rows, P patches, K2 prototypes of patches.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
 class WeightNormLinear(nn.Module):
@@ -63,10 +66,11 @@ class DINOHead(nn.Module):
     Args:
         in_dim: width of the backbone's feature.
         out_dim: K, the number of prototypes.
-        use_bn: BatchNorm before each GELU.
+        use_bn: BatchNorm before each activation.
         norm_last_layer: keep the prototypes at norm 1 (weight_g frozen).
         nlayers: linear layers of the MLP, at least 1.
         hidden_dim, bottleneck_dim: widths inside the MLP, and of its output, which the prototypes take.
+        activation: DINO's is GELU.
     """
 
     def __init__(
@@ -78,9 +82,10 @@ class DINOHead(nn.Module):
         nlayers: int = 3,
         hidden_dim: int = 2048,
         bottleneck_dim: int = 256,
+        activation: type[nn.Module] = nn.GELU,
     ) -> None:
         super().__init__()
-        self.mlp = _mlp(in_dim, hidden_dim, bottleneck_dim, max(1, nlayers), use_bn)
+        self.mlp = _mlp(in_dim, hidden_dim, bottleneck_dim, max(1, nlayers), use_bn, activation)
         self.mlp.apply(_init_linear)
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim, train_scale=not norm_last_layer)
 
@@ -95,13 +100,76 @@ class DINOHead(nn.Module):
         return self.last_layer(self.bottleneck(x))
 
 
-def _mlp(in_dim: int, hidden_dim: int, out_dim: int, layers: int, use_bn: bool) -> nn.Module:
+class iBOTHead(DINOHead):
+    """DINO's head with logits for patches too: one MLP, and prototypes for [CLS] and for patches.
+
+    Args:
+        in_dim, out_dim, norm_last_layer, nlayers, hidden_dim, bottleneck_dim: as DINOHead's.
+        patch_out_dim: K2, the number of the patches' prototypes; not used with shared_head.
+        norm: None, or "bn" for BatchNorm before each activation, over all rows and tokens together.
+        act: "gelu" or "relu".
+        last_norm: None; a norm of the logits is not offered.
+        shared_head: patches have the prototypes of [CLS]: `last_layer2` is `last_layer`, and K2 is K. Both names are in
+            the state dict; in loading, the values of `last_layer2` win.
+
+    Raises:
+        ValueError: for a norm, act or last_norm that is not offered.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        patch_out_dim: int = 8192,
+        norm: str | None = None,
+        act: str = "gelu",
+        last_norm: str | None = None,
+        nlayers: int = 3,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        norm_last_layer: bool = True,
+        shared_head: bool = False,
+    ) -> None:
+        for name, value, offered in (
+            ("norm", norm, (None, "bn")),
+            ("act", act, tuple(ACTIVATIONS)),
+            ("last_norm", last_norm, (None,)),
+        ):
+            if value not in offered:
+                listed = " or ".join(repr(choice) for choice in offered)
+                raise ValueError(f"{name} {value!r} is not offered by iBOTHead; it takes {listed}")
+        super().__init__(
+            in_dim, out_dim, norm == "bn", norm_last_layer, nlayers, hidden_dim, bottleneck_dim, ACTIVATIONS[act]
+        )
+        self.shared_head = shared_head
+        self.last_layer2 = self.last_layer
+        if not shared_head:
+            trained = self.last_layer.weight_g.requires_grad
+            self.last_layer2 = WeightNormLinear(bottleneck_dim, patch_out_dim, train_scale=trained)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """[CLS] alone (B, D) -> (B, K); with patches (B, 1 + P, D) -> (B, K) and (B, P, K2).
+
+        Raises ValueError for any other number of dimensions.
+        """
+        if x.ndim == 2:
+            return super().forward(x)
+        if x.ndim != 3:
+            raise ValueError(f"input has shape {tuple(x.shape)}; iBOTHead takes (B, D), or (B, 1 + P, D) with patches")
+        # BatchNorm takes rows.
+        x = self.bottleneck(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        return self.last_layer(x[:, 0]), self.last_layer2(x[:, 1:])
+
+
+def _mlp(
+    in_dim: int, hidden_dim: int, out_dim: int, layers: int, use_bn: bool, activation: type[nn.Module]
+) -> nn.Module:
     if layers == 1:
         return nn.Linear(in_dim, out_dim)
     widths = [in_dim] + [hidden_dim] * (layers - 1)
     modules: list[nn.Module] = []
     for before, after in itertools.pairwise(widths):
-        modules += [nn.Linear(before, after), *([nn.BatchNorm1d(after)] if use_bn else []), nn.GELU()]
+        modules += [nn.Linear(before, after), *([nn.BatchNorm1d(after)] if use_bn else []), activation()]
     return nn.Sequential(*modules, nn.Linear(hidden_dim, out_dim))
 
 

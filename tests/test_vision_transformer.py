@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import vision_transformer as vits
+from tests.distill.attmask import attmask_golden
 from tests.reference import assert_close, fill_, golden, golden_keys, tensor
 
 
@@ -250,3 +251,52 @@ def test_positions_resampled_by_matrix_are_the_interpolated_ones(monkeypatch, mo
     (grad,) = torch.autograd.grad(found.square().sum(), model.pos_embed)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-6)
+
+
+def test_published_numbers_with_masks():
+    """Tokens of masked images, and the state dict's names, are those of the published iBOT model."""
+    case = attmask_golden()["masked_vit"]
+    model = small_vit(img_size=[32], masked_im_modeling=True)
+    assert sorted(model.state_dict()) == sorted(case["keys"])
+    for mask in (case["mask"], case["mask"].flatten(1)):
+        assert_close(model.norm(model.forward_features(case["x"], mask)).detach(), case["tokens"])
+
+
+@pytest.mark.parametrize("mode", ["official", "simpool"])
+def test_masked_patches_are_not_seen(mode):
+    """What lies under the mask changes nothing, at any size; an empty mask is none; masked_embed is trained."""
+    model = small_vit(mode, masked_im_modeling=True)
+    x = tensor(1, (2, 3, 32, 48))
+    mask = torch.zeros(2, 4, 6, dtype=torch.bool)
+    assert torch.equal(model.forward_features(x, mask), model.forward_features(x))
+    mask[0, 1:3, 2:5] = True
+    other = torch.where(mask.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None], torch.ones(()), x)
+    tokens = model.forward_features(x, mask)
+    assert torch.equal(model.forward_features(other, mask), tokens)
+    assert not torch.equal(model.forward_features(other), model.forward_features(x))
+    tokens.square().sum().backward()
+    assert model.masked_embed.grad.any()
+
+
+@pytest.mark.parametrize("mode", ["official", "simpool"])
+def test_masked_im_modeling_adds_one_parameter(mode):
+    """It is masked_embed, zeros; the others' names and initial values stay as they are."""
+    settings = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 1, "num_heads": 3}
+    torch.manual_seed(4)
+    plain = vits.VisionTransformer(mode, **settings).state_dict()
+    torch.manual_seed(4)
+    masked = vits.VisionTransformer(mode, masked_im_modeling=True, **settings).state_dict()
+    assert torch.equal(masked.pop("masked_embed"), torch.zeros(1, 12))
+    assert list(masked) == list(plain)
+    assert all(torch.equal(masked[name], plain[name]) for name in plain)
+
+
+def test_masks_that_do_not_fit():
+    """A model without masked_embed, and masks of another grid or dtype, are refused by name."""
+    x, mask = tensor(1, (2, 3, 32, 32)), torch.ones(2, 4, 4, dtype=torch.bool)
+    with pytest.raises(ValueError, match="masked_im_modeling=True"):
+        small_vit().forward_features(x, mask)
+    model = small_vit(masked_im_modeling=True)
+    for bad in (mask[:1], mask[:, :3], mask.float()):
+        with pytest.raises(ValueError, match="does not fit 2 images of 16 patches"):
+            model.forward_features(x, bad)

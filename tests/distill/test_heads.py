@@ -1,4 +1,4 @@
-"""DINO's head: published numbers and names, frozen norms, unit bottleneck."""
+"""DINO's and iBOT's heads: published numbers and names, frozen norms, unit bottleneck, shared prototypes."""
 
 import copy
 
@@ -6,12 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from distill.heads import DINOHead, WeightNormLinear
+from distill.heads import DINOHead, WeightNormLinear, iBOTHead
+from tests.distill.attmask import attmask_golden
 from tests.reference import assert_close, fill_, golden, tensor
 
 
 def small_head(**settings) -> DINOHead:
     return DINOHead(48, 256, hidden_dim=64, bottleneck_dim=32, **settings)
+
+
+def small_ibot_head(**settings) -> iBOTHead:
+    return iBOTHead(48, 128, 96, hidden_dim=64, bottleneck_dim=32, **settings)
 
 
 def test_published_numbers_and_names():
@@ -80,3 +85,77 @@ def test_number_of_layers(layers):
     assert len(linears) == layers
     assert all(m.bias.abs().max() == 0 and 0.015 < m.weight.std() < 0.025 for m in linears)
     assert head(tensor(1, (2, 48))).shape == (2, 256)
+
+
+def test_published_numbers_and_names_of_the_shared_head():
+    """[CLS], patch and local logits, and the state dict's names, are the published head's."""
+    case = attmask_golden()["head_shared"]
+    head = small_ibot_head(shared_head=True, norm_last_layer=False)
+    assert sorted(head.state_dict()) == sorted(case["keys"])
+    state = fill_(DINOHead(48, 128, hidden_dim=64, bottleneck_dim=32)).state_dict()
+    state |= {name.replace("layer.", "layer2."): x for name, x in state.items() if name.startswith("last_layer.")}
+    head.load_state_dict(state)
+    cls, patch = head(case["x"])
+    for name, value in (("cls", cls), ("patch", patch), ("local", head(case["x"][:, 0]))):
+        assert_close(value.detach(), case[name], what=name)
+
+
+def test_shared_prototypes_are_one_layer():
+    """With shared_head last_layer2 is last_layer, also after a copy; its parameters count once."""
+    head = copy.deepcopy(small_ibot_head(shared_head=True))
+    assert head.last_layer2 is head.last_layer
+    assert len(list(head.parameters())) == len(list(small_head().parameters()))
+    assert head(tensor(1, (2, 5, 48)))[1].shape == (2, 4, 128)
+    split = small_ibot_head().state_dict()
+    head = small_ibot_head(shared_head=True)
+    split |= {name: torch.full_like(head.last_layer.weight_v, 3.0) for name in ("last_layer2.weight_v",)}
+    split["last_layer2.weight_g"] = torch.ones(128, 1)
+    head.load_state_dict(split)
+    assert (head.last_layer.weight_v == 3).all()  # the value that is loaded last
+
+
+def test_two_layers_of_prototypes():
+    """Without shared_head patches have prototypes of their own, frozen in norm like those of [CLS]."""
+    head, x = small_ibot_head(), tensor(1, (2, 5, 48))
+    cls, patch = head(x)
+    assert cls.shape == (2, 128)
+    assert patch.shape == (2, 4, 96)
+    assert not head.last_layer2.weight_g.requires_grad
+    assert small_ibot_head(norm_last_layer=False).last_layer2.weight_g.requires_grad
+    torch.testing.assert_close(patch[:, 2], head.last_layer2(head.bottleneck(x[:, 3])))
+    torch.testing.assert_close(cls, head(x[:, 0]))
+
+
+def test_ibot_head_starts_as_dinos():
+    """The same seed gives the same MLP and [CLS] prototypes in both heads, hence the same logits."""
+    torch.manual_seed(3)
+    dino = DINOHead(48, 128, hidden_dim=64, bottleneck_dim=32)
+    torch.manual_seed(3)
+    ibot = small_ibot_head()
+    x = tensor(1, (3, 48))
+    assert torch.equal(dino(x), ibot(x))
+
+
+def test_batch_norm_takes_all_tokens_as_rows():
+    """With norm="bn" the statistics are over images and tokens together."""
+    head = small_ibot_head(norm="bn", act="relu")
+    assert any(isinstance(m, nn.ReLU) for m in head.mlp)
+    assert not any(isinstance(m, nn.GELU) for m in head.mlp)
+    x = tensor(1, (2, 5, 48))
+    cls, _ = head(x)
+    torch.testing.assert_close(cls, head(x.flatten(0, 1)).unflatten(0, (2, 5))[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("norm", "ln"), ("norm", "none"), ("act", "silu"), ("act", None), ("last_norm", "bn")]
+)
+def test_what_ibot_head_does_not_offer(setting, value):
+    """An unknown norm or activation is refused by name, with what there is."""
+    with pytest.raises(ValueError, match=f"^{setting} {value!r} is not offered.*it takes"):
+        small_ibot_head(**{setting: value})
+
+
+def test_ibot_head_refuses_maps():
+    """Only (B, D) and (B, 1 + P, D) have a meaning."""
+    with pytest.raises(ValueError, match=r"\(2, 48, 3, 3\)"):
+        small_ibot_head()(tensor(1, (2, 48, 3, 3)))
