@@ -3,8 +3,9 @@
 LOST is Simeoni et al., "Localizing Objects with Self-Supervised Transformers and no Labels" (2021); DINO-seg is its
 baseline, the largest part of one attention map. Both take an image of its own size, padded to whole patches.
 
-Departure: DINO-seg takes the largest component. The published code never looks at the last one, and takes the background
-if there is only one; `published_components=True` does the same.
+Departure: DINO-seg takes the largest component. The published code never looks at the last one, and takes the
+background if there is only one; `published_components=True` does the same.
+
 Shapes: N = h * w patches, D width, M true boxes. Boxes are (x0, y0, x1, y1) in pixels.
 """
 
@@ -86,7 +87,7 @@ def dino_seg_box(
     _check(attention, grid, 1)
     if not 0 < mass < 1:
         raise ValueError(f"mass {mass}: give a share of the attention above 0 and below 1")
-    values, index = attention.detach().cpu().sort(stable=True)
+    values, index = attention.detach().cpu().sort()  # equal values in torch's own order, as in the published code
     if values[0] < 0 or values.sum() <= 0:
         raise ValueError(f"attention from {values[0]:g} to {values[-1]:g}: give shares of at least 0, not all 0")
     kept = torch.zeros(len(values), dtype=torch.bool)

@@ -1,8 +1,8 @@
 """MaxBoxAccV2 and V1: how well boxes around the bright parts of a map match the boxes of objects.
 
 Follows Choe et al., "Evaluating Weakly Supervised Object Localization Methods Right" (2020), and its published code:
-the map is brought to 224 x 224 and cut at 1000 thresholds, every contour gives a box, and an image counts at a threshold
-if any of its boxes overlaps any true one. V1 (`multi_contour=False`) takes the box of the largest contour only.
+the map is brought to 224 x 224 and cut at 1000 thresholds, every contour gives a box, and an image counts at a
+threshold if any of its boxes overlaps any true one. V1 (`multi_contour=False`) takes the largest contour's box only.
 """
 
 from __future__ import annotations
