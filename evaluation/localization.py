@@ -1,0 +1,123 @@
+"""MaxBoxAccV2 and V1: how well boxes around the bright parts of a map match the boxes of objects.
+
+Follows Choe et al., "Evaluating Weakly Supervised Object Localization Methods Right" (2020), and its published code:
+the map is brought to 224 x 224 and cut at 1000 thresholds, every contour gives a box, and an image counts at a
+threshold if any of its boxes overlaps any true one. V1 (`multi_contour=False`) takes the largest contour's box only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from evaluation.level_boxes import LEVELS, all_contours, largest_contour
+
+SIDE = 224
+THRESHOLDS = np.arange(1000) * 0.001
+OVERLAPS = (30, 50, 70)  # percent of IoU
+
+
+def score_map(map: Tensor) -> np.ndarray:
+    """A map (h, w) resized to (224, 224), bicubic, and scaled to [0, 1], float32.
+
+    A constant map, and one with a value that is not finite, becomes zeros.
+    """
+    map = torch.as_tensor(map)
+    if map.ndim != 2 or map.numel() == 0:
+        raise ValueError(f"a map of shape {tuple(map.shape)}: give one map (h, w) with at least one value")
+    map = map.detach().to("cpu", torch.float32)
+    zeros = np.zeros((SIDE, SIDE), np.float32)
+    if not map.isfinite().all() or map.min() == map.max():
+        return zeros
+    large = F.interpolate(map[None, None], (SIDE, SIDE), mode="bicubic", align_corners=False)[0, 0].numpy()
+    large = large - large.min()
+    top = large.max()
+    return large / top if np.isfinite(top) and top > 0 else zeros
+
+
+def quantise(scores: np.ndarray) -> np.ndarray:
+    """Scores in [0, 1] as uint8, rounded down, as the published code does before it cuts the map."""
+    return (scores * np.float32(255)).astype(np.uint8)
+
+
+def boxes_at_levels(score_map: np.ndarray, multi_contour: bool = True) -> list[np.ndarray]:
+    """255 int arrays (n, 4) of boxes (x0, y0, x1, y1): entry t for the mask of the pixels above t of 255.
+
+    score_map: (H, W) in [0, 1]. A mask without foreground gives [[0, 0, 0, 0]].
+    """
+    scores = np.asarray(score_map)
+    if scores.ndim != 2 or scores.size == 0:
+        raise ValueError(f"a score map of shape {scores.shape}: give one map (H, W), as score_map returns it")
+    if not (scores.min() >= 0 and scores.max() <= 1):
+        raise ValueError(f"scores from {scores.min()} to {scores.max()}: bring them to [0, 1] with score_map")
+    search = all_contours if multi_contour else largest_contour
+    return search(scores, quantise(scores))
+
+
+def max_box_curve(
+    maps: Sequence[Tensor],
+    sizes: Sequence[tuple[int, int]],
+    boxes: Sequence[Sequence[tuple[int, int, int, int]]],
+    multi_contour: bool = True,
+) -> dict[int, np.ndarray]:
+    """How many images are localised at each of 1000 thresholds, for an IoU of 30, 50 and 70 percent: (1000,) each.
+
+    maps: (h, w) each; sizes: (width, height) of each image; boxes: the true (x0, y0, x1, y1) of each, in its pixels.
+    """
+    if not len(maps) == len(sizes) == len(boxes):
+        raise ValueError(f"{len(maps)} maps, {len(sizes)} sizes, {len(boxes)} lists of boxes: give one per image")
+    counts = {overlap: np.zeros(len(THRESHOLDS), np.int64) for overlap in OVERLAPS}
+    for number, (map, size, truths) in enumerate(zip(maps, sizes, boxes, strict=True)):
+        if len(truths) == 0:
+            raise ValueError(f"image {number} has no true box: leave out images that have none")
+        if min(size) <= 0:
+            raise ValueError(f"image {number} has size {tuple(size)}: give its width and height in pixels")
+        scores = score_map(map)
+        best = _best_overlap(boxes_at_levels(scores, multi_contour), _scaled(truths, size))
+        at = (THRESHOLDS * int(quantise(scores).max())).astype(np.int64)  # the level of each threshold
+        for overlap in OVERLAPS:
+            counts[overlap] += (best >= overlap / 100)[at]
+    return counts
+
+
+def max_box_accuracy(
+    maps: Sequence[Tensor],
+    sizes: Sequence[tuple[int, int]],
+    boxes: Sequence[Sequence[tuple[int, int, int, int]]],
+    multi_contour: bool = True,
+) -> dict[int | str, float]:
+    """Percent of images localised at the best threshold, for an IoU of 30, 50 and 70 percent, and their "mean".
+
+    The mean over all contours is MaxBoxAccV2; V1 is entry 50 with `multi_contour=False`. Arguments: see max_box_curve.
+    """
+    if len(maps) == 0:
+        raise ValueError("0 maps have no accuracy: give at least one")
+    curves = max_box_curve(maps, sizes, boxes, multi_contour)
+    accuracy: dict[int | str, float] = {k: 100.0 * int(curve.max()) / len(maps) for k, curve in curves.items()}
+    accuracy["mean"] = sum(accuracy.values()) / len(OVERLAPS)
+    return accuracy
+
+
+def _scaled(truths: Sequence[Sequence[int]], size: tuple[int, int]) -> np.ndarray:
+    """True boxes (M, 4) in the pixels of the map, rounded down."""
+    width, height = size
+    sides = (width, height, width, height)
+    return np.array([[int(x * SIDE / side) for x, side in zip(box, sides, strict=True)] for box in truths])
+
+
+def _best_overlap(levels: list[np.ndarray], truths: np.ndarray) -> np.ndarray:
+    """The best IoU of any box with any truth at each level (255,). Both corners belong to a box."""
+    boxes = np.concatenate(levels)
+    best = np.zeros(len(boxes))
+    area = (boxes[:, 2:] - boxes[:, :2] + 1).prod(1)
+    for truth in truths:
+        sides = np.minimum(boxes[:, 2:], truth[2:]) - np.maximum(boxes[:, :2], truth[:2]) + 1
+        common = np.maximum(sides, 0).prod(1)
+        best = np.maximum(best, common / (area + (truth[2:] - truth[:2] + 1).prod() - common))
+    starts = np.cumsum([0, *(len(part) for part in levels[:-1])])
+    assert len(starts) == LEVELS - 1
+    return np.maximum.reduceat(best, starts)
