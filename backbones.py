@@ -209,8 +209,16 @@ class TimmBackbone(nn.Module):
         """timm's own gradient checkpointing of the body."""
         self.body.set_grad_checkpointing(enable)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Tokens (B, N, D) without prefix tokens, or a map (B, D, h, w); before the final norm in SimPool mode."""
+    def forward_features(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Tokens (B, N, D) without prefix tokens, or a map (B, D, h, w); before the final norm in SimPool mode.
+
+        Raises ValueError if there is a mask: only our own vision transformers take one.
+        """
+        if mask is not None:
+            raise ValueError(
+                f"{self.name} takes no mask of patches; use a vit_tiny, vit_small or vit_base built with "
+                "masked_im_modeling=True"
+            )
         return _patches(self.name, self.body, self.body.forward_features(x))
 
     def forward(self, x: Tensor) -> Tensor:

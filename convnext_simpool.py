@@ -100,8 +100,9 @@ class ConvNeXt(PooledBackbone):
         if num_classes > 0:
             self.head.weight.data.mul_(head_init_scale)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The last map, (B, D, h, w)."""
+    def forward_features(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The last map, (B, D, h, w). Raises ValueError if there is a mask."""
+        self.refuse_mask(mask)
         if min(x.shape[-2:]) < STRIDE:
             raise ValueError(
                 f"image size {x.shape[-2]}x{x.shape[-1]} is too small for ConvNeXt, whose map has one position per "

@@ -45,6 +45,14 @@ class PooledBackbone(nn.Module):
         x = self.forward_features(x)
         return self.simpool(x, return_attention=True)[1].unflatten(-1, x.shape[-2:])
 
+    def refuse_mask(self, mask: Tensor | None) -> None:
+        """For backbones that cannot mask patches. Raises ValueError if there is a mask."""
+        if mask is not None:
+            raise ValueError(
+                f"a {type(self).__name__} takes no mask of patches; use a vision transformer built with "
+                "masked_im_modeling=True"
+            )
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the blocks' inputs for backward and compute each block twice: less memory, about 1.3x the time."""
         self.grad_checkpointing = enable

@@ -110,8 +110,9 @@ class ResNet(PooledBackbone):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The last map, (B, D, h, w)."""
+    def forward_features(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The last map, (B, D, h, w). Raises ValueError if there is a mask."""
+        self.refuse_mask(mask)
         if 0 in x.shape[-2:]:
             raise ValueError(f"image size {x.shape[-2]}x{x.shape[-1]} has no pixels; give images of at least 1x1")
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))

@@ -175,3 +175,11 @@ def test_our_names_need_neither_timm_nor_torchvision():
         "sys.exit(any(m in sys.modules for m in ('timm', 'torchvision', 'utils', 'data', 'runtime')))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=backbones.__file__.rpartition("/")[0]).returncode == 0
+
+
+def test_timm_models_refuse_masks():
+    """timm's models do not mask patches; ours say so on their behalf."""
+    pytest.importorskip("timm")
+    model = build_backbone("resnet10t", mode="simpool", img_size=64)
+    with pytest.raises(ValueError, match=r"resnet10t takes no mask.*vit_small"):
+        model.forward_features(torch.zeros(1, 3, 64, 64), torch.ones(1, 2, 2, dtype=torch.bool))

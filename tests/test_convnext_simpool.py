@@ -98,3 +98,9 @@ def test_wrong_input_is_named():
         small_convnext("gap")
     with pytest.raises(ValueError, match=r"31x64.*32x32"):
         small_convnext()(torch.zeros(1, 3, 31, 64))
+
+
+def test_masks_are_refused():
+    """A convolutional backbone does not mask patches; it says so instead of ignoring the mask."""
+    with pytest.raises(ValueError, match="ConvNeXt takes no mask"):
+        small_convnext().forward_features(tensor(1, (1, 3, 32, 32)), torch.ones(1, 2, 2, dtype=torch.bool))

@@ -106,3 +106,9 @@ def test_checkpointing_with_synchronised_batchnorm():
     model.set_grad_checkpointing(True)
     model(tensor(1, (2, 3, 32, 32))).sum().backward()
     assert {m.num_batches_tracked.item() for m in model.modules() if isinstance(m, nn.SyncBatchNorm)} == {1}
+
+
+def test_masks_are_refused():
+    """A convolutional backbone does not mask patches; it says so instead of ignoring the mask."""
+    with pytest.raises(ValueError, match="ResNet takes no mask"):
+        small_resnet().forward_features(tensor(1, (1, 3, 32, 32)), torch.ones(1, 2, 2, dtype=torch.bool))
