@@ -34,9 +34,9 @@ def labelled(scores: np.ndarray) -> list[np.ndarray]:
         holes = np.where(background == 1, 0, background)[1:-1, 1:-1]
         boxes = [(x.start, y.start, x.stop, y.stop) for y, x in ndimage.find_objects(bodies)]
         boxes += [
-            (y_x[1].start - 1, y_x[0].start - 1, y_x[1].stop + 1, y_x[0].stop + 1)
-            for y_x in ndimage.find_objects(holes)
-            if y_x is not None
+            (hole[1].start - 1, hole[0].start - 1, hole[1].stop + 1, hole[0].stop + 1)
+            for hole in ndimage.find_objects(holes)
+            if hole is not None  # the number of what lies around the image
         ]
         found.append(np.minimum(np.array(boxes or [(0, 0, 0, 0)]), last))
     return found

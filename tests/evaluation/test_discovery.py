@@ -98,6 +98,10 @@ def test_bad_input_is_named():
     """Wrong shapes, values and lengths are refused with their value and what to do."""
     with pytest.raises(ValueError, match=r"\(5, 3\) for a grid of \(2, 3\)"):
         lost_box(torch.zeros(5, 3), (2, 3), 8, (16, 24))
+    with pytest.raises(ValueError, match="patch 0"):
+        lost_box(torch.zeros(6, 3), (2, 3), 0, (16, 24))
+    with pytest.raises(ValueError, match=r"image size \(0, 24\)"):
+        lost_box(torch.zeros(6, 3), (2, 3), 8, (0, 24))
     with pytest.raises(ValueError, match="1 values are not finite"):
         lost_box(torch.tensor([[1.0], [float("nan")]]), (1, 2), 8, (8, 16))
     with pytest.raises(ValueError, match=r"mass 1\.5"):
