@@ -49,7 +49,9 @@ def lost_box(features: Tensor, grid: tuple[int, int], patch: int, image_size: tu
     grid: (h, w) patches; image_size: (height, width), to which the box is cut. The N x N similarities exist in blocks
     only. Of patches with the same degree, the one with the lowest index comes first.
     """
-    _check(features, grid, 2)
+    _check(features, grid, 2, patch)
+    if min(image_size) <= 0:
+        raise ValueError(f"image size {tuple(image_size)}: give its height and width in pixels")
     features = features.detach().float()
     degree = _degrees(features)
     order = degree.argsort(stable=True)
@@ -84,7 +86,7 @@ def dino_seg_box(
     attention: (N,), not negative; grid: (h, w) patches. The box is not cut to the image. Of equal components the first
     counts.
     """
-    _check(attention, grid, 1)
+    _check(attention, grid, 1, patch)
     if not 0 < mass < 1:
         raise ValueError(f"mass {mass}: give a share of the attention above 0 and below 1")
     values, index = attention.detach().cpu().sort()  # equal values in torch's own order, as in the published code
@@ -101,7 +103,9 @@ def dino_seg_box(
     return _pixel_box(labels == chosen, patch)
 
 
-def _check(values: Tensor, grid: tuple[int, int], ndim: int) -> None:
+def _check(values: Tensor, grid: tuple[int, int], ndim: int, patch: int) -> None:
+    if patch <= 0:
+        raise ValueError(f"patch {patch}: give the side of a patch in pixels")
     if values.ndim != ndim or len(values) != grid[0] * grid[1] or len(values) == 0:
         raise ValueError(f"values of shape {tuple(values.shape)} for a grid of {tuple(grid)}: give one row per patch")
     if not values.isfinite().all():

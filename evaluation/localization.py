@@ -76,6 +76,8 @@ def max_box_curve(
             raise ValueError(f"image {number} has no true box: leave out images that have none")
         if min(size) <= 0:
             raise ValueError(f"image {number} has size {tuple(size)}: give its width and height in pixels")
+        if wrong := [box for box in truths if len(box) != 4]:
+            raise ValueError(f"image {number} has the box {tuple(wrong[0])}: give (x0, y0, x1, y1)")
         scores = score_map(map)
         best = _best_overlap(boxes_at_levels(scores, multi_contour), _scaled(truths, size))
         at = (THRESHOLDS * int(quantise(scores).max())).astype(np.int64)  # the level of each threshold

@@ -57,6 +57,11 @@ def test_lost_takes_the_lowest_index_of_equal_degrees():
     assert lost_box(torch.eye(6), (2, 3), 16, (32, 48)) == (0, 0, 16, 16)
 
 
+def test_a_patch_is_not_its_own_neighbour():
+    """A patch that is similar to itself alone has the same degree as one whose features are zero."""
+    assert lost_box(torch.tensor([[1.0, 0.0], [0.0, 0.0]]), (1, 2), 8, (8, 16)) == (0, 0, 8, 8)
+
+
 def test_blocks_change_nothing(monkeypatch):
     """The box does not depend on how many rows of the similarities are held at a time."""
     case = golden()["discovery/open"][0]
@@ -98,6 +103,10 @@ def test_bad_input_is_named():
     """Wrong shapes, values and lengths are refused with their value and what to do."""
     with pytest.raises(ValueError, match=r"\(5, 3\) for a grid of \(2, 3\)"):
         lost_box(torch.zeros(5, 3), (2, 3), 8, (16, 24))
+    with pytest.raises(ValueError, match="patch 0"):
+        lost_box(torch.zeros(6, 3), (2, 3), 0, (16, 24))
+    with pytest.raises(ValueError, match=r"image size \(0, 24\)"):
+        lost_box(torch.zeros(6, 3), (2, 3), 8, (0, 24))
     with pytest.raises(ValueError, match="1 values are not finite"):
         lost_box(torch.tensor([[1.0], [float("nan")]]), (1, 2), 8, (8, 16))
     with pytest.raises(ValueError, match=r"mass 1\.5"):

@@ -162,5 +162,7 @@ def test_bad_input_is_named():
         max_box_curve([map], [(4, 4)], [[]])
     with pytest.raises(ValueError, match=r"image 0 has size \(0, 4\)"):
         max_box_curve([map], [(0, 4)], [[(0, 0, 1, 1)]])
+    with pytest.raises(ValueError, match=r"image 0 has the box \(0, 4, 1\)"):
+        max_box_curve([map], [(4, 4)], [[(0, 4, 1)]])
     with pytest.raises(ValueError, match="0 maps"):
         max_box_accuracy([], [], [])
