@@ -20,6 +20,7 @@ import pretrained
 from data.decode import Picture
 from data.eval_set import central_square
 from data.loader import normalize
+from evaluation import options
 from evaluation.features import eval_resize
 from pretrained import MODEL_KEYS, POLICY_KEYS
 from runtime.checkpoint import file_sha256, read_checkpoint
@@ -43,15 +44,13 @@ class LoadedModel:
 
         image: a PIL image, or uint8 pixels (H, W, C). The shorter side is resized, the central square cut out.
         """
-        channels = self.config.get("in_chans") or 3
+        channels, size = options.channels(self.config), options.input_side(self.config)
         if hasattr(image, "convert"):
             image = image.convert({1: "L", 3: "RGB", 4: "RGBA"}.get(channels, image.mode))
         pixels = np.array(image)
         pixels = pixels[..., None] if pixels.ndim == 2 else pixels
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != channels:
             raise ValueError(f"pixels {pixels.dtype} {pixels.shape}: give uint8 (H, W, {channels}), or a PIL image")
-        size = self.config.get("img_size") or 224
-        size = max(size) if isinstance(size, list | tuple) else size
         square = central_square(Picture.from_array(pixels), size, eval_resize(size))
         return normalize(square[None].to(next(self.model.parameters()).device))
 

@@ -25,6 +25,7 @@ from data.source import ImageSource
 from runtime.checkpoint import check_writable, write_atomic
 from runtime.cli import add_flag, parse_described
 from runtime.guards import EXIT_DONE, EXIT_FAILED, InputError, run_program
+from runtime.hardware import cpu_count
 from runtime.progress import progress
 from runtime.terminal import say
 
@@ -76,11 +77,6 @@ def summary(source: ImageSource, sizes: np.ndarray, bad: int) -> list[str]:
     return lines
 
 
-def _cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("check_images", add_help=False)
     group = parser.add_argument_group("data")
@@ -88,7 +84,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_flag(group, "--split", default="train", choices=SPLITS, help="which images of a root with train and val")
     add_flag(group, "--in_chans", type=int, default=3, help="channels that an image must have")
     workers = "processes that decode; 0: this one; default: one per core, at most 4"
-    add_flag(group, "--num_workers", type=int, default=min(4, _cores()), help=workers)
+    add_flag(group, "--num_workers", type=int, default=min(4, cpu_count()), help=workers)
     add_flag(group, "--output", default="", help="file to write the names of the bad images to, one in a line")
     return parser
 

@@ -88,8 +88,9 @@ def _train_in(folder: Path, args: argparse.Namespace, method: Method, stop: Stop
     loop = Loop(run, method, train, val, stop)
     found = continue_run(folder, loop)
     if on_main_process(lambda: loop.step >= run.total_steps and (folder / "DONE").exists()):
-        say(f"nothing to do: the run in {folder} is complete ({loop.step} steps). To start another, give a different")
-        say("--output_dir; to train this one longer, give more --epochs and --allow_changed_args true")
+        say(f"nothing to do: the run in {folder} is complete ({loop.step} steps)")
+        say("to start another, give a different --output_dir; to train this one longer, more --epochs and")
+        say("  --allow_changed_args true")
         return EXIT_DONE
     for line in first_screen(loop, val, found):
         say(line)
