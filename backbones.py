@@ -53,6 +53,11 @@ def family(arch: str) -> str:
     return "vit"
 
 
+def is_own_vit(arch: str) -> bool:
+    """Whether the name is one of our vision transformers, or of their aliases."""
+    return ALIASES.get(arch, arch) in FAMILIES["vit"]
+
+
 def available() -> list[str]:
     """Names of our own models, without aliases or timm's names."""
     return [name for models in FAMILIES.values() for name in models]
@@ -72,6 +77,7 @@ def build_backbone(
     pos_embed_policy: str = "exact",
     value_min: str = "image",
     num_classes: int = 0,
+    drop_rate: float = 0.0,
 ) -> nn.Module:
     """A randomly initialised backbone that returns features (B, num_features), or logits if num_classes > 0.
 
@@ -85,6 +91,7 @@ def build_backbone(
         embed_dim, depth, num_heads: override a ViT's preset.
         pos_embed_policy: "exact" or "reference", for our SimPool ViTs.
         value_min: SimPool's minimum, "image" or "batch".
+        drop_rate: dropout inside our ViTs' blocks.
 
     Raises:
         ValueError: for an unknown name (listing near matches), and for any setting that the architecture can't honour.
@@ -93,6 +100,8 @@ def build_backbone(
         raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
     name = ALIASES.get(arch, arch)
     own = _family(name)
+    if drop_rate and own != "vit":
+        raise ValueError(f"{arch} has no dropout in its blocks: drop_rate {drop_rate} can't be honoured; set 0")
     shape = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
     shape = {key: value for key, value in shape.items() if value is not None}
     common = {"in_chans": in_chans, "num_classes": num_classes}
@@ -106,6 +115,7 @@ def build_backbone(
             patch_size=patch_size,
             img_size=img_size,
             drop_path_rate=drop_path_rate,
+            drop_rate=drop_rate,
             pos_embed_policy=pos_embed_policy,
             **common,
             **shape,
