@@ -72,6 +72,7 @@ def build_backbone(
     pos_embed_policy: str = "exact",
     value_min: str = "image",
     num_classes: int = 0,
+    masked_im_modeling: bool = False,
 ) -> nn.Module:
     """A randomly initialised backbone that returns features (B, num_features), or logits if num_classes > 0.
 
@@ -85,6 +86,7 @@ def build_backbone(
         embed_dim, depth, num_heads: override a ViT's preset.
         pos_embed_policy: "exact" or "reference", for our SimPool ViTs.
         value_min: SimPool's minimum, "image" or "batch".
+        masked_im_modeling: give one of our ViTs the parameter that stands for masked patches.
 
     Raises:
         ValueError: for an unknown name (listing near matches), and for any setting that the architecture can't honour.
@@ -93,6 +95,11 @@ def build_backbone(
         raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
     name = ALIASES.get(arch, arch)
     own = _family(name)
+    if masked_im_modeling and own != "vit":
+        raise ValueError(
+            f"{arch} takes no mask of patches, so masked_im_modeling can't be honoured; choose "
+            f"{', '.join(FAMILIES['vit'])}, or leave it out"
+        )
     shape = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
     shape = {key: value for key, value in shape.items() if value is not None}
     common = {"in_chans": in_chans, "num_classes": num_classes}
@@ -107,6 +114,7 @@ def build_backbone(
             img_size=img_size,
             drop_path_rate=drop_path_rate,
             pos_embed_policy=pos_embed_policy,
+            masked_im_modeling=masked_im_modeling,
             **common,
             **shape,
         )
@@ -189,6 +197,7 @@ class TimmBackbone(nn.Module):
         self.name = name
         self.mode = mode
         self.body = body
+        self.has_classifier = num_classes > 0
         self.simpool = None
         if mode == "official":
             width = _probe(name, body, body, probe).shape[-1]
@@ -214,18 +223,46 @@ class TimmBackbone(nn.Module):
 
         Raises ValueError if there is a mask: only our own vision transformers take one.
         """
+        self._refuse_mask(mask)
+        return _patches(self.name, self.body, self.body.forward_features(x))
+
+    def _refuse_mask(self, mask: Tensor | None) -> None:
         if mask is not None:
             raise ValueError(
                 f"{self.name} takes no mask of patches; use a vit_tiny, vit_small or vit_base built with "
                 "masked_im_modeling=True"
             )
-        return _patches(self.name, self.body, self.body.forward_features(x))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, D), or (B, num_classes)"""
         if self.mode == "official":
             return self.body(x)
         return self.head(_norm_of_vector(self.norm, self.simpool(self.forward_features(x))))
+
+    def forward_dense(
+        self, x: Tensor, mask: Tensor | None = None, need_attention: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Pooled feature (B, D), patches (B, N, D), both after the final norm if there is one, and the attention.
+
+        The attention (B, 1, N) is SimPool's; None in official mode and without need_attention. The feature is forward's
+        without the classifier. Raises ValueError if there is a mask.
+        """
+        if self.mode == "official":
+            return self._official_dense(x, mask)
+        features = self.forward_features(x, mask)
+        pooled, attention = self.simpool(features, return_attention=True)
+        patches = _norm_of_tokens(self.norm, _as_tokens(features))
+        return _norm_of_vector(self.norm, pooled), patches, attention if need_attention else None
+
+    def _official_dense(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, None]:
+        self._refuse_mask(mask)
+        features = self.body.forward_features(x)
+        pooled = self.body.forward_head(features, **({"pre_logits": True} if self.has_classifier else {}))
+        patches = _as_tokens(_patches(self.name, self.body, features))
+        owner, attribute = _final_norm(self.body)
+        if owner is not None and (owner, attribute) != (self.body, "norm"):  # timm's own features are normed by that
+            patches = _norm_of_tokens(getattr(owner, attribute), patches)
+        return pooled, patches, None
 
     def get_attention_map(self, x: Tensor) -> Tensor:
         """SimPool's map, (B, 1, h, w)."""
@@ -331,15 +368,24 @@ def _timm_kind(name: str) -> str:
     return _kind(_patches(name, body, features))
 
 
-def _take_final_norm(body: nn.Module) -> nn.Module:
-    """Remove the norm before or after timm's pooling from the body and return it; an Identity if there is none."""
+def _final_norm(body: nn.Module) -> tuple[nn.Module | None, str]:
+    """The module that holds the norm before or after timm's pooling, and its name there; (None, "") without one."""
     head = getattr(body, "head", None)
     for owner, attribute in ((body, "norm"), (body, "fc_norm"), (head, "norm")):
         norm = getattr(owner, attribute, None)
         if isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity):
-            setattr(owner, attribute, nn.Identity())
-            return norm
-    return nn.Identity()
+            return owner, attribute
+    return None, ""
+
+
+def _take_final_norm(body: nn.Module) -> nn.Module:
+    """Remove the norm before or after timm's pooling from the body and return it; an Identity if there is none."""
+    owner, attribute = _final_norm(body)
+    if owner is None:
+        return nn.Identity()
+    norm = getattr(owner, attribute)
+    setattr(owner, attribute, nn.Identity())
+    return norm
 
 
 def _norm_of_vector(norm: nn.Module, x: Tensor) -> Tensor:
@@ -347,6 +393,16 @@ def _norm_of_vector(norm: nn.Module, x: Tensor) -> Tensor:
     if isinstance(norm, nn.GroupNorm) or "2d" in type(norm).__name__.lower():
         return norm(x[:, :, None, None]).flatten(1)
     return norm(x)
+
+
+def _norm_of_tokens(norm: nn.Module, x: Tensor) -> Tensor:
+    """A norm made for tokens or for maps, applied to each of (B, N, D)."""
+    return _norm_of_vector(norm, x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+def _as_tokens(features: Tensor) -> Tensor:
+    """Tokens (B, N, D) as they are, a map (B, D, h, w) row by row."""
+    return features if features.ndim == 3 else features.flatten(2).transpose(1, 2)
 
 
 def _token_grid(size: tuple[int, int], tokens: int) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,23 @@ class PooledBackbone(nn.Module):
         x = self.forward_features(x)
         return self.simpool(x, return_attention=True)[1].unflatten(-1, x.shape[-2:])
 
+    def forward_dense(
+        self, x: Tensor, mask: Tensor | None = None, need_attention: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Pooled feature (B, D), positions (B, N, D), both after the final norm if there is one, and the attention.
+
+        The attention (B, heads, N) is SimPool's; None in official mode, which has none, and without need_attention.
+        Raises ValueError if there is a mask.
+        """
+        x = self.forward_features(x, mask)
+        attention = None
+        if self.mode == "simpool":
+            pooled, attention = self.simpool(x, return_attention=True)
+        else:
+            pooled = self.pool_map(x)
+        norm = getattr(self, "norm", nn.Identity())
+        return norm(pooled), norm(x.flatten(2).transpose(1, 2)), attention if need_attention else None
+
     def refuse_mask(self, mask: Tensor | None) -> None:
         """For backbones that cannot mask patches. Raises ValueError if there is a mask."""
         if mask is not None:
@@ -57,13 +75,13 @@ class PooledBackbone(nn.Module):
         """Keep only the blocks' inputs for backward and compute each block twice: less memory, about 1.3x the time."""
         self.grad_checkpointing = enable
 
-    def run_block(self, block: nn.Module, x: Tensor) -> Tensor:
-        """block(x), checkpointed if that is on and gradients are needed."""
+    def run_block(self, block: nn.Module, x: Tensor, **settings: Any) -> Any:
+        """block(x, **settings), checkpointed if that is on and gradients are needed."""
         if not (self.grad_checkpointing and torch.is_grad_enabled()):
-            return block(x)
+            return block(x, **settings)
         return checkpoint(
-            block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), self.second_pass(block))
-        )  # fmt: skip
+            block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), self.second_pass(block)), **settings
+        )
 
     def second_pass(self, block: nn.Module) -> AbstractContextManager:
         """A context for computing a checkpointed block again in backward."""

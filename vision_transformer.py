@@ -109,8 +109,13 @@ def attend(
     if not need_attention and (query.device.type != "cpu" or long_inference):
         p = dropout.p if dropout.training else 0.0
         return F.scaled_dot_product_attention(query, key, value, dropout_p=p, scale=scale), None
-    attention = (query * scale @ key.transpose(-2, -1)).softmax(dim=-1)
+    attention = attention_weights(query, key, scale)
     return dropout(attention) @ value, attention
+
+
+def attention_weights(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """(B, heads, R, d) queries, (B, heads, T, d) keys -> (B, heads, R, T), each row a distribution."""
+    return (query * scale @ key.transpose(-2, -1)).softmax(dim=-1)
 
 
 class Attention(nn.Module):
@@ -135,18 +140,28 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor, need_attention: bool = True) -> tuple[Tensor, Tensor | None]:
-        """(B, T, D) -> (B, T, D) and the attention (B, heads, T, T), which may be None if it is not needed."""
+    def forward(self, x: Tensor, need_attention: bool = True, attention_rows: int = 0) -> tuple[Tensor, Tensor | None]:
+        """(B, T, D) -> (B, T, D) and the attention (B, heads, T, T), which may be None if it is not needed.
+
+        With attention_rows = R the attention is that of the first R tokens alone, (B, heads, R, T), computed apart from
+        the others so that the fastest kernel can be used for the result.
+        """
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, d)
-        x, attention = attend(query, key, value, self.scale, self.attn_drop, need_attention)
+        x, attention = attend(query, key, value, self.scale, self.attn_drop, need_attention and not attention_rows)
+        if attention_rows:
+            attention = attention_weights(query[:, :, :attention_rows], key, self.scale)
         x = x.transpose(1, 2).reshape(batch, tokens, dim)
         return self.proj_drop(self.proj(x)), attention
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; with return_attention it returns the attention (B, heads, T, T), not the tokens."""
+    """Pre-norm transformer block: tokens (B, T, D) -> (B, T, D).
+
+    With return_attention it returns the attention (B, heads, T, T) instead of the tokens, as DINO's does; with
+    attention_rows = R both: the tokens, and the attention of the first R of them (B, heads, R, T).
+    """
 
     def __init__(
         self,
@@ -168,12 +183,15 @@ class Block(nn.Module):
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=drop)
 
-    def forward(self, x: Tensor, return_attention: bool = False) -> Tensor:
-        y, attention = self.attn(self.norm1(x), need_attention=return_attention)
+    def forward(
+        self, x: Tensor, return_attention: bool = False, attention_rows: int = 0
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        y, attention = self.attn(self.norm1(x), return_attention, attention_rows)
         if return_attention:
             return attention
         x = x + self.drop_path(y)
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return (x, attention) if attention_rows else x
 
 
 def image_size(size: int | Sequence[int]) -> tuple[int, int]:
@@ -375,6 +393,31 @@ class VisionTransformer(PooledBackbone):
         tokens = self.forward_features(x)
         pooled = tokens[:, 0] if self.mode == "official" else self.simpool(tokens)
         return self.head(self.norm(pooled))
+
+    def forward_dense(
+        self, x: Tensor, mask: Tensor | None = None, need_attention: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Pooled feature (B, D) and patches (B, N, D), both after the final norm, and the attention (B, heads, N).
+
+        One pass through the blocks gives all three: forward's feature (without the classifier) and
+        get_attention_map's numbers, of which only the row that is asked for is computed. `mask` is forward_features';
+        without need_attention the attention is None and costs nothing.
+        """
+        x = self.prepare_tokens(x, mask)
+        for block in self.blocks[:-1]:
+            x = self.run_block(block, x)
+        if self.mode == "simpool":
+            x = self.run_block(self.blocks[-1], x)
+            pooled, attention = self.simpool(x, return_attention=True)
+            return self.norm(pooled), self.norm(x), attention if need_attention else None
+        attention = None
+        if need_attention:
+            x, attention = self.run_block(self.blocks[-1], x, attention_rows=1)
+            attention = attention[:, :, 0, 1:]
+        else:
+            x = self.run_block(self.blocks[-1], x)
+        x = self.norm(x)
+        return x[:, 0], x[:, 1:], attention
 
     def get_last_selfattention(self, x: Tensor) -> Tensor:
         """Attention of the last block, (B, heads, T, T)."""
