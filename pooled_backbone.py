@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from sp import SimPool
 
 MODES = ("official", "simpool")
+GAMMA = {"tokens": 1.25, "map": 2.0}  # the published exponents, by what a backbone ends in
 
 
 class PooledBackbone(nn.Module):
