@@ -3,23 +3,29 @@
 Our own names (vit_*, their aliases deit_*, resnet*, convnext_*) are built from the files next to this one; any other
 name is looked up in timm, which is imported only then. Nothing is ever downloaded. If both know a name, ours wins.
 
-A timm model keeps its own pooling in official mode. In SimPool mode its tokens (without prefix tokens) or its map are
-taken before the final norm, pooled, then normed: tokens with gamma 1.25 and beta, maps with gamma 2.0 and no beta.
-
-Every model has `num_features`, the width of the feature it returns, and `get_attention_map(x) -> (B, heads, h, w)`.
+Every model is a PooledBackbone: `mode` is "official", the architecture's own pooling, or the name of an operator of
+poolings/. A timm model keeps its own pooling in official mode; for an operator its tokens (without prefix tokens) or
+its map are taken before the final norm, pooled, then normed, or normed and then pooled.
 """
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
+from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 import convnext_simpool
 import resnet_simpool
 import vision_transformer
-from pooled_backbone import GAMMA, MODES
+from pooled_backbone import GAMMA, MODES, check_pooling
 from timm_backbone import build_timm, kind_of, knows, listed, timm_names
+
+__all__ = [
+    "ALIASES", "DEFAULT_GAMMA", "FAMILIES", "MODES", "Backbone", "available", "build_backbone", "family",
+    "resolve_gamma",
+]  # fmt: skip
 
 FAMILIES = {
     "vit": {name: getattr(vision_transformer, name) for name in ("vit_tiny", "vit_small", "vit_base")},
@@ -53,6 +59,21 @@ def available() -> list[str]:
     return [name for models in FAMILIES.values() for name in models]
 
 
+class Backbone(Protocol):
+    """What every model offers."""
+
+    num_features: int
+
+    def forward_features(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) -> the last tokens (B, T, D) or map (B, D, h, w), before the final norm."""
+
+    def forward_dense(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(B, C, H, W) -> feature (B, num_features), positions (B, N, D), attention (B, heads, N) or None."""
+
+    def get_attention_map(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, heads, h, w)."""
+
+
 def build_backbone(
     arch: str,
     mode: str = "official",
@@ -68,26 +89,39 @@ def build_backbone(
     value_min: str = "image",
     num_classes: int = 0,
     masked_im_modeling: bool = False,
+    use_beta: bool | None = None,
+    pool_position: str = "before",
+    pool_depth: int = 0,
+    pooling_args: Mapping[str, Any] | None = None,
+    drop_rate: float = 0.0,
 ) -> nn.Module:
     """A randomly initialised backbone that returns features (B, num_features), or logits if num_classes > 0.
 
     Args:
         arch: a name of ours (`available()`), deit_tiny/small/base, or a timm model's name.
-        mode: "official" (the architecture's own pooling) or "simpool".
+        mode: "official" (the architecture's own pooling) or an operator's name, such as "simpool" or "gem".
         gamma: SimPool's exponent, None for none, or "auto" for the family's.
         patch_size: of our ViTs, in pixels; other architectures fix their own.
         drop_path_rate: stochastic depth of the last block.
         img_size: native size in pixels, a number or (height, width).
         embed_dim, depth, num_heads: override a ViT's preset.
-        pos_embed_policy: "exact" or "reference", for our SimPool ViTs.
+        pos_embed_policy: "exact" or "reference", for our ViTs without [CLS].
         value_min: SimPool's minimum, "image" or "batch".
         masked_im_modeling: give one of our ViTs the parameter that stands for masked patches.
+        use_beta: SimPool's learned scalar; None: for tokens that are pooled before the final norm, as published.
+        pool_position: pool "before" the final norm or "after" it.
+        pool_depth: number of blocks, at the end, that are not built (of a ResNet's or ConvNeXt's last stage).
+        pooling_args: the operator's settings, such as {"p": 2.0} for gem.
+        drop_rate: dropout, of vision transformers and of timm's models.
 
     Raises:
         ValueError: for an unknown name (listing near matches), and for any setting that the architecture can't honour.
     """
-    if mode not in MODES:
-        raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
+    pooling = {"use_beta": use_beta, "pool_position": pool_position, "pooling_args": dict(pooling_args or {})}
+    check_pooling(mode, **pooling)
+    gamma = _parsed(gamma)
+    if mode not in ("official", "simpool") and gamma not in ("auto", None):
+        raise ValueError(f"{mode} has no gamma, got {gamma}; only simpool has one: leave it out")
     name = ALIASES.get(arch, arch)
     own = _family(name)
     if masked_im_modeling and own != "vit":
@@ -98,23 +132,26 @@ def build_backbone(
     shape = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
     shape = {key: value for key, value in shape.items() if value is not None}
     common = {"in_chans": in_chans, "num_classes": num_classes}
+    rates = {"drop_path_rate": drop_path_rate, "drop_rate": drop_rate}
+    pooling |= {"gamma": gamma, "value_min": value_min}
     if own is None:
-        pooling = {"gamma": _parsed(gamma), "value_min": value_min}
-        return build_timm(name, mode, pooling, drop_path_rate, img_size, patch_size, {**common, **shape})
+        return build_timm(name, mode, pooling, rates, img_size, patch_size, pool_depth, {**common, **shape})
 
-    common |= {"mode": mode, "gamma": resolve_gamma(name, gamma), "value_min": value_min}
+    common |= {"mode": mode, "pool_depth": pool_depth, **pooling}
     if own == "vit":
         return FAMILIES[own][name](
             patch_size=patch_size,
             img_size=img_size,
-            drop_path_rate=drop_path_rate,
             pos_embed_policy=pos_embed_policy,
             masked_im_modeling=masked_im_modeling,
+            **rates,
             **common,
             **shape,
         )
     if shape:
         raise ValueError(f"{arch} has a fixed shape: {listed(shape)} can only be set for vit_*; leave it out")
+    if drop_rate:
+        raise ValueError(f"{arch} has no dropout: drop_rate {drop_rate} can't be honoured; set 0")
     if own == "resnet":
         if drop_path_rate:
             raise ValueError(

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import vision_transformer
-from pooled_backbone import GAMMA
-from sp import SimPool
+from pooled_backbone import PooledBackbone, fewer_blocks
 
 
 @cache
@@ -32,20 +31,19 @@ def knows(name: str) -> bool:
     return name.partition(".")[0] in timm_names()
 
 
-class TimmBackbone(nn.Module):
-    """A timm model with our interface: `body` is timm's model, pooled by its own head or by SimPool.
+class TimmBackbone(PooledBackbone):
+    """A timm model with our interface: `body` is timm's model, pooled by its own head or by an operator.
 
-    In SimPool mode, parameters that the feature does not depend on (those of a head's own pooling, say) are frozen, so
+    With an operator, parameters that the feature does not depend on (those of a head's own pooling, say) are frozen, so
     that distributed training does not wait for their gradients.
     """
 
     def __init__(self, name: str, body: nn.Module, mode: str, probe: Tensor, pooling: dict, num_classes: int) -> None:
-        super().__init__()
+        """`probe` is an image on which widths are found; `pooling` has PooledBackbone's arguments except the mode."""
+        super().__init__(mode, **pooling)
         self.name = name
-        self.mode = mode
         self.body = body
         self.has_classifier = num_classes > 0
-        self.simpool = None
         if mode == "official":
             width = _probe(name, body, body, probe).shape[-1]
             self.num_features = body.head_hidden_size if num_classes > 0 else width
@@ -53,72 +51,56 @@ class TimmBackbone(nn.Module):
         self.norm = _take_final_norm(body)
         features = _probe(name, body, self.forward_features, probe)
         kind = _kind(features)
-        self.num_features = features.shape[-1] if kind == "tokens" else features.shape[1]
-        gamma = GAMMA[kind] if pooling["gamma"] == "auto" else pooling["gamma"]
-        self.simpool = SimPool(
-            self.num_features, gamma=gamma, use_beta=kind == "tokens", value_min=pooling["value_min"]
-        )
+        self.make_pooling(features.shape[-1] if kind == "tokens" else features.shape[1], kind)
+        if self.norm_width != features.shape[-1 if kind == "tokens" else 1] and not isinstance(self.norm, nn.Identity):
+            self.norm = nn.LayerNorm(self.norm_width, eps=1e-6)
         self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
         self._freeze_what_is_not_used(probe)
+
+    def kind_of_model(self) -> str:
+        """timm's name."""
+        return self.name
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """timm's own gradient checkpointing of the body."""
         self.body.set_grad_checkpointing(enable)
 
     def forward_features(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Tokens (B, N, D) without prefix tokens, or a map (B, D, h, w); before the final norm in SimPool mode.
+        """Tokens (B, N, D) without prefix tokens, or a map (B, D, h, w); before the final norm if an operator pools.
 
         Raises ValueError if there is a mask: only our own vision transformers take one.
         """
-        self._refuse_mask(mask)
+        self.refuse_mask(mask)
         return _patches(self.name, self.body, self.body.forward_features(x))
 
-    def _refuse_mask(self, mask: Tensor | None) -> None:
-        if mask is not None:
-            raise ValueError(
-                f"{self.name} takes no mask of patches; use a vit_tiny, vit_small or vit_base built with "
-                "masked_im_modeling=True"
-            )
-
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, D), or (B, num_classes)"""
+        """(B, C, H, W) -> (B, num_features), or (B, num_classes)"""
         if self.mode == "official":
             return self.body(x)
-        return self.head(_norm_of_vector(self.norm, self.simpool(self.forward_features(x))))
+        return self.head(self.feature_of(self.forward_features(x), tuple(x.shape[-2:])))
 
     def forward_dense(
         self, x: Tensor, mask: Tensor | None = None, need_attention: bool = True
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Pooled feature (B, D), patches (B, N, D), both after the final norm if there is one, and the attention.
-
-        The attention (B, 1, N) is SimPool's; None in official mode and without need_attention. The feature is forward's
-        without the classifier. Raises ValueError if there is a mask.
-        """
-        if self.mode == "official":
-            return self._official_dense(x, mask)
-        features = self.forward_features(x, mask)
-        pooled, attention = self.simpool(features, return_attention=True)
-        patches = _norm_of_tokens(self.norm, _as_tokens(features))
-        return _norm_of_vector(self.norm, pooled), patches, attention if need_attention else None
-
-    def _official_dense(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, None]:
-        self._refuse_mask(mask)
+        """As PooledBackbone's; in official mode the feature is timm's own, and there is no attention."""
+        if self.mode != "official":
+            return super().forward_dense(x, mask, need_attention)
+        self.refuse_mask(mask)
         features = self.body.forward_features(x)
         pooled = self.body.forward_head(features, **({"pre_logits": True} if self.has_classifier else {}))
         patches = _as_tokens(_patches(self.name, self.body, features))
         owner, attribute = _final_norm(self.body)
         if owner is not None and (owner, attribute) != (self.body, "norm"):  # timm's own features are normed by that
-            patches = _norm_of_tokens(getattr(owner, attribute), patches)
+            patches = _norm_of(getattr(owner, attribute), patches)
         return pooled, patches, None
 
-    def get_attention_map(self, x: Tensor) -> Tensor:
-        """SimPool's map, (B, 1, h, w)."""
-        if self.simpool is None:
-            raise ValueError(f'{self.name} with its own pooling has no attention map; build it with mode="simpool"')
-        features = self.forward_features(x)
-        _, attention = self.simpool(features, return_attention=True)  # (B, 1, N)
-        grid = features.shape[-2:] if features.ndim == 4 else _token_grid(x.shape[-2:], attention.shape[-1])
-        return attention.unflatten(-1, grid)
+    def normed(self, x: Tensor) -> Tensor:
+        """The final norm of (..., D), whether timm made it for tokens or for maps."""
+        return _norm_of(self.norm, x)
+
+    def grid_of(self, features: Tensor, size: tuple[int, int]) -> tuple[int, int]:
+        """(h, w) of a map, or of square patches that tile images of `size`."""
+        return super().grid_of(features, size) if features.ndim == 4 else _token_grid(size, features.shape[1])
 
     def _freeze_what_is_not_used(self, probe: Tensor) -> None:
         training = self.training
@@ -132,23 +114,47 @@ class TimmBackbone(nn.Module):
 
 
 def build_timm(
-    name: str, mode: str, pooling: dict, drop_path_rate: float, img_size, patch_size: int, settings: dict
+    name: str,
+    mode: str,
+    pooling: dict[str, Any],
+    rates: dict[str, float],
+    img_size: int | tuple[int, int],
+    patch_size: int,
+    pool_depth: int,
+    settings: dict[str, Any],
 ) -> TimmBackbone:
+    """timm's model of this name, pooled as `mode` and `pooling` say.
+
+    `rates` are those of dropout and stochastic depth, `settings` other keywords of timm's constructor. Raises
+    ValueError for what the model can't honour.
+    """
     num_classes = settings.pop("num_classes")
     size = vision_transformer.image_size(img_size)
     optional = {"img_size": size, "dynamic_img_size": True, "strict_img_size": False}  # any crop size where possible
-    (settings if drop_path_rate else optional)["drop_path_rate"] = drop_path_rate
+    for key, rate in rates.items():
+        (settings if rate else optional)[key] = rate
     settings["num_classes"] = num_classes if mode == "official" else 0
+    if pool_depth:
+        settings["depth"] = _fewer(name, settings, optional, pool_depth)
     body = _create_timm(name, settings, optional)
     own = getattr(getattr(body, "patch_embed", None), "patch_size", None)
     if own is not None and patch_size not in (16, *vision_transformer.image_size(own)):
         raise ValueError(f"{name} has patches of {own}: patch_size {patch_size} can't be honoured; leave it out")
-    if drop_path_rate and not any(getattr(module, "drop_prob", 0) for module in body.modules()):
-        raise ValueError(
-            f"{name} (timm) has no stochastic depth: drop_path_rate {drop_path_rate} can't be honoured; set 0"
-        )
+    rate = rates["drop_path_rate"]
+    if rate and not any(getattr(module, "drop_prob", 0) for module in body.modules()):
+        raise ValueError(f"{name} (timm) has no stochastic depth: drop_path_rate {rate} can't be honoured; set 0")
     probe = torch.zeros(1, settings["in_chans"], *size)
     return TimmBackbone(name, body, mode, probe, pooling, num_classes)
+
+
+def _fewer(name: str, settings: dict[str, Any], optional: dict[str, Any], pool_depth: int) -> int:
+    """timm's `depth` for a transformer with `pool_depth` blocks fewer. Raises ValueError for any other model."""
+    blocks = getattr(_create_timm(name, settings, optional), "blocks", None)
+    if not isinstance(blocks, nn.Sequential | nn.ModuleList):
+        raise ValueError(
+            f"{name} (timm) has no plain chain of blocks: pool_depth {pool_depth} can't be honoured; set 0"
+        )
+    return fewer_blocks(len(blocks), pool_depth)
 
 
 def _create_timm(name: str, settings: dict[str, Any], optional: dict[str, Any]) -> nn.Module:
@@ -235,16 +241,11 @@ def _take_final_norm(body: nn.Module) -> nn.Module:
     return norm
 
 
-def _norm_of_vector(norm: nn.Module, x: Tensor) -> Tensor:
-    """A norm made for tokens or for maps, applied to pooled features (B, D)."""
+def _norm_of(norm: nn.Module, x: Tensor) -> Tensor:
+    """A norm made for tokens or for maps, applied to (..., D)."""
     if isinstance(norm, nn.GroupNorm) or "2d" in type(norm).__name__.lower():
-        return norm(x[:, :, None, None]).flatten(1)
+        return norm(x.reshape(-1, x.shape[-1], 1, 1)).view(x.shape)
     return norm(x)
-
-
-def _norm_of_tokens(norm: nn.Module, x: Tensor) -> Tensor:
-    """A norm made for tokens or for maps, applied to each of (B, N, D)."""
-    return _norm_of_vector(norm, x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
 def _as_tokens(features: Tensor) -> Tensor:
