@@ -46,7 +46,8 @@ _CONVNEXTS = {
     (27, 192): "convnext_large",
     (27, 256): "convnext_xlarge",
 }
-_LEFT_OVER = ("head.", "fc.", "masked_embed", "num_batches")  # a classifier, and iBOT's mask token
+MASK_TOKEN = "masked_embed"  # of iBOT's and AttMask's students; their teachers and evaluations have none
+_LEFT_OVER = ("head.", "fc.", MASK_TOKEN, "num_batches")  # a classifier, and the mask token
 
 
 @dataclass
@@ -142,13 +143,13 @@ def _current_name(name: str) -> str:
 def check_fit(model: nn.Module, weights: Mapping[str, Tensor], path: str | Path) -> list[str]:
     """Compare names and shapes with those of the model, which may be on the meta device; returns notes.
 
-    Only a classifier and iBOT's mask token may be left over; a model keeps its own classifier if the file has none.
-    Raises ValueError listing what is missing, unknown, or of another shape.
+    Only a classifier and iBOT's mask token may be left over; a model keeps its own if the file has none (its mask token
+    with a note). Raises ValueError listing what is missing, unknown, or of another shape.
     """
     wanted = model.state_dict()
     left_over = [name for name in weights if name not in wanted]
     unknown = sorted(name for name in left_over if not name.startswith(_LEFT_OVER))
-    missing = [name for name in wanted if name not in weights and not name.startswith(("head.", "fc."))]
+    missing = [name for name in wanted if name not in weights and not name.startswith(("head.", "fc.", MASK_TOKEN))]
     shapes = [
         f"{name} is {tuple(weights[name].shape)} there and {tuple(wanted[name].shape)} here"
         for name in wanted
@@ -169,7 +170,10 @@ def check_fit(model: nn.Module, weights: Mapping[str, Tensor], path: str | Path)
             f"{path} does not fit the model: {'; '.join(problems)}. Check --arch, --mode, --patch_size and --img_size, "
             "or leave them out and let the checkpoint tell"
         )
-    return [f"not used by the backbone: {_some(left_over)}"] if left_over else []
+    notes = [f"not used by the backbone: {_some(left_over)}"] if left_over else []
+    if MASK_TOKEN in wanted and MASK_TOKEN not in weights:
+        notes.append(f"{path} has no {MASK_TOKEN}: masked patches start as the model's own")
+    return notes
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str | Path) -> list[str]:
