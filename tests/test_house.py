@@ -17,7 +17,8 @@ LEVELS = {
     "backbones": 3,
     "evaluation": 4,
     "utils": 5, "training": 5,
-    "main_dino": 6, "main_attmask": 6, "eval_knn": 6, "eval_linear": 6, "visualize_attention": 6, "hubconf": 6, "tools": 6,
+    "main_dino": 6, "main_attmask": 6, "eval_knn": 6, "eval_linear": 6, "visualize_attention": 6, "hubconf": 6,
+    "tools": 6,
     "benchmarks": 7, "run_scripts": 7,
 }  # fmt: skip
 MODELS = ("vision_transformer", "resnet_simpool", "convnext_simpool")
