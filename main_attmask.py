@@ -55,13 +55,14 @@ def train_step(run: Run, batches: list[MaskedBatch], step: int, wishes: Wishes =
     save).
     """
     epoch, means = run.begin(step), Means()
-    for batch, (crops, last) in zip(batches, run.micro_batches(batches), strict=True):
-        masks = partial(run.views.masks, batch, step, epoch)  # of the teacher's attention, (G·B, N)
-        with run.exchange_gradients(last):
+    for batch, views in zip(batches, run.micro_batches(batches), strict=True):
+        # views.crops: [(G·B, C, S, S), (L·B, C, s, s)]; the masks follow from the teacher's attention (G·B, N)
+        masks = partial(run.views.masks, batch, step, epoch)
+        with run.exchange_gradients(views.last):
             with run.hardware.autocast():
                 with torch.no_grad():
-                    teacher = run.teacher(crops[0], masks)
-                student_cls, student_patch = run.student(crops, teacher.masks)  # (V·B, K), (M, K2)
+                    teacher = run.teacher(views.crops[0], masks)
+                student_cls, student_patch = run.student(views.crops, teacher.masks)  # (V·B, K), (M, K2)
             teacher_sum = teacher.cls.float().sum(dim=0)
             loss, cls, patch = run.loss.step_terms(
                 student_cls, student_patch, teacher.cls, teacher.patch, teacher.masks.weights, epoch

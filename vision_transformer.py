@@ -1,15 +1,16 @@
-"""Vision transformers tiny, small and base: DINO's, with its [CLS] token ("official"), or pooled by SimPool.
+"""Vision transformers tiny, small and base: DINO's, with its [CLS] token ("official"), or pooled by an operator.
 
 Follows "An Image is Worth 16x16 Words" as DINO builds it (pre-norm blocks, LayerNorm eps 1e-6), with the parameter
-names of its checkpoints and the methods that its scripts call. SimPool mode has no [CLS] token: SimPool pools the
-tokens of the last block, and the final norm follows. That norm removes SimPool's scalar beta, which therefore has no
-effect here; the parameter is kept because the published checkpoints contain it.
+names of its checkpoints and the methods that its scripts call. In every other mode there is no [CLS] token: an operator
+(SimPool, or another one of poolings/) pools the tokens of the last block, before the final norm or after it. Before it,
+as in the self-supervised models of SimPool, that norm removes SimPool's scalar beta, which therefore has no effect; the
+parameter is kept because the published checkpoints contain it.
 
 Departures from the published code, and why:
-- Position embeddings in SimPool mode are left untouched at the native size and resized to the exact grid elsewhere
-  (`pos_embed_policy="exact"`). The published code resamples them by (g + 0.1) / g even at the native size;
-  `"reference"` does so too, for the weights that were trained with it. Official mode is DINO's: untouched at the
-  native size, (g + 0.1) / g elsewhere.
+- Position embeddings of models without [CLS] are left untouched at the native size and resized to the exact grid
+  elsewhere (`pos_embed_policy="exact"`). The published code resamples those of SimPool models by (g + 0.1) / g even at
+  the native size; `"reference"` does so too, for the weights that were trained with it. Official mode is DINO's:
+  untouched at the native size, (g + 0.1) / g elsewhere.
 - The gamma that a model is given is the one it uses (published: every teacher has 1.25).
 - Any image size divisible by the patch size is accepted; any other raises an error instead of being cut silently.
 - Attention uses the kernel that is fastest on the device; `attend` chooses it.
@@ -21,8 +22,9 @@ T tokens (N, or N + 1 with [CLS]), D width.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +32,7 @@ from torch.nn import functional as F
 from torch.nn.init import trunc_normal_
 
 from distill.heads import DINOHead
-from pooled_backbone import PooledBackbone
+from pooled_backbone import PooledBackbone, fewer_blocks
 
 __all__ = [
     "Attention",
@@ -264,19 +266,20 @@ class VisionTransformer(PooledBackbone):
     """Vision transformer that returns features (B, D), or logits if num_classes > 0.
 
     Args:
-        mode: "official" ([CLS] token, as DINO's) or "simpool".
-        gamma: SimPool's exponent, or None; not used in official mode.
+        mode: "official" ([CLS] token, as DINO's) or an operator's name, such as "simpool".
+        gamma: SimPool's exponent, or None; other modes do not use it.
         img_size: native size in pixels: a number, [size] or (height, width). forward accepts other sizes too.
         patch_size: side of the square patches in pixels.
         drop_path_rate: stochastic depth of the last block; earlier ones have proportionally less.
-        pos_embed_policy: "exact" or "reference" (module docstring); concerns SimPool mode only.
-        value_min: SimPool's minimum, "image" or "batch".
+        pos_embed_policy: "exact" or "reference" (module docstring); official mode follows DINO.
+        value_min, use_beta, pool_position, pooling_args: of the pooling, see PooledBackbone.
+        pool_depth: number of blocks, at the end, that are not built: pooling takes place as much earlier.
         masked_im_modeling: have the parameter `masked_embed` (1, D), zeros at first, which takes the place of masked
             patches (iBOT's student); without it the model takes no masks.
 
     Raises:
-        ValueError: for an unknown mode or policy, a size not divisible by the patch size, or a width not divisible by
-            the number of heads.
+        ValueError: for an unknown mode or policy, settings that the pooling does not have, a size not divisible by the
+            patch size, or a width not divisible by the number of heads.
     """
 
     def __init__(
@@ -300,13 +303,18 @@ class VisionTransformer(PooledBackbone):
         pos_embed_policy: str = "exact",
         value_min: str = "image",
         masked_im_modeling: bool = False,
+        use_beta: bool | None = None,
+        pool_position: str = "before",
+        pool_depth: int = 0,
+        pooling_args: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(mode)
+        super().__init__(mode, gamma, value_min, use_beta, pool_position, pooling_args)
+        depth = fewer_blocks(depth, pool_depth)
         if pos_embed_policy not in POS_EMBED_POLICIES:
             known = ", ".join(POS_EMBED_POLICIES)
             raise ValueError(f"unknown pos_embed_policy {pos_embed_policy!r}; choose one of {known}")
         self.pos_embed_policy = pos_embed_policy
-        self.num_features = self.embed_dim = embed_dim
+        self.embed_dim = embed_dim
         self.patch_size = patch_size
 
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
@@ -325,14 +333,14 @@ class VisionTransformer(PooledBackbone):
             )
             for i in range(depth)
         )  # fmt: skip
-        self.make_pooling(embed_dim, gamma=gamma, use_beta=True, value_min=value_min)
-        self.norm = norm_layer(embed_dim)
-        self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+        self.make_pooling(embed_dim, "tokens")
+        self.norm = norm_layer(self.norm_width)
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
 
         trunc_normal_(self.pos_embed, std=0.02)
         if mode == "official":
             trunc_normal_(self.cls_token, std=0.02)
-        self.apply(_init_weights)
+        self.initialise(_init_weights)
 
     def interpolate_pos_encoding(self, x: Tensor, height: int, width: int) -> Tensor:
         """Position embeddings (1, T, D) for the tokens x of a height x width image, by the policy (module docstring).
@@ -340,13 +348,13 @@ class VisionTransformer(PooledBackbone):
         DINO calls the two sides w and h, in this order.
         """
         native, grid = self.patch_embed.grid_size, self.patch_embed.grid(height, width)
-        resamples_always = self.mode == "simpool" and self.pos_embed_policy == "reference"
+        resamples_always = self.mode != "official" and self.pos_embed_policy == "reference"
         if grid == native and not resamples_always:
             return self.pos_embed
         prefix = self.pos_embed[:, : self.num_prefix_tokens]
         patches = self.pos_embed[:, self.num_prefix_tokens :].float().unflatten(1, native).permute(0, 3, 1, 2)
         scale = None
-        if not (self.mode == "simpool" and self.pos_embed_policy == "exact"):
+        if self.mode == "official" or self.pos_embed_policy == "reference":
             # as DINO does: the 0.1 prevents rounding from making the grid one too small
             scale = tuple((side + 0.1) / own for side, own in zip(grid, native, strict=True))
         patches = _resample(patches, grid, scale)
@@ -388,32 +396,30 @@ class VisionTransformer(PooledBackbone):
             x = self.run_block(block, x)
         return x
 
+    def own_pooling(self, features: Tensor) -> Tensor:
+        """[CLS], (B, D)."""
+        return features[:, 0]
+
+    def grid_of(self, features: Tensor, size: tuple[int, int]) -> tuple[int, int]:
+        """(h, w) of the patches of images of `size` = (H, W)."""
+        return self.patch_embed.grid(*size)
+
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, D)"""
-        tokens = self.forward_features(x)
-        pooled = tokens[:, 0] if self.mode == "official" else self.simpool(tokens)
-        return self.head(self.norm(pooled))
+        """(B, C, H, W) -> (B, num_features), or (B, num_classes)"""
+        return self.head(self.feature_of(self.forward_features(x), tuple(x.shape[-2:])))
 
     def forward_dense(
         self, x: Tensor, mask: Tensor | None = None, need_attention: bool = True
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Pooled feature (B, D) and patches (B, N, D), both after the final norm, and the attention (B, heads, N).
-
-        One pass through the blocks gives all three: forward's feature (without the classifier) and
-        get_attention_map's numbers, of which only the row that is asked for is computed. `mask` is forward_features';
-        without need_attention the attention is None and costs nothing.
-        """
-        x = self.prepare_tokens(x, mask)
+        """As PooledBackbone's; in official mode the attention is the last block's [CLS] row, the only one computed."""
+        if self.mode != "official":
+            return super().forward_dense(x, mask, need_attention)
+        x, attention = self.prepare_tokens(x, mask), None
         for block in self.blocks[:-1]:
             x = self.run_block(block, x)
-        if self.mode == "simpool":
-            x = self.run_block(self.blocks[-1], x)
-            pooled, attention = self.simpool(x, return_attention=True)
-            return self.norm(pooled), self.norm(x), attention if need_attention else None
-        attention = None
         if need_attention:
             x, attention = self.run_block(self.blocks[-1], x, attention_rows=1)
-            attention = attention[:, :, 0, 1:]
+            attention = attention[:, :, 0, 1:]  # (B, heads, N)
         else:
             x = self.run_block(self.blocks[-1], x)
         x = self.norm(x)
@@ -427,9 +433,17 @@ class VisionTransformer(PooledBackbone):
         return self.blocks[-1](x, return_attention=True)
 
     def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
-        """Tokens (B, T, D) of the last n blocks, each through the final norm, in the order of the blocks."""
+        """Tokens (B, T, D) of the last n blocks, each through the final norm, in the order of the blocks.
+
+        Raises ValueError if n is not 1 to the number of blocks, and if the final norm has another width (mode how).
+        """
         if not 1 <= n <= len(self.blocks):
             raise ValueError(f"this model has {len(self.blocks)} blocks, so n must be 1 to {len(self.blocks)}, not {n}")
+        if self.norm_width != self.embed_dim:
+            raise ValueError(
+                f'the tokens are {self.embed_dim} wide, and the final norm of mode "{self.mode}" is {self.norm_width}; '
+                'build the model with pool_position="after" to norm tokens'
+            )
         x = self.prepare_tokens(x)
         outputs = []
         for i, block in enumerate(self.blocks):
@@ -439,13 +453,11 @@ class VisionTransformer(PooledBackbone):
         return outputs
 
     def get_attention_map(self, x: Tensor) -> Tensor:
-        """The pooling's attention (B, heads, h, w): SimPool's map (one head), or the [CLS] row of the last block."""
-        grid = self.patch_embed.grid(*x.shape[-2:])
-        if self.mode == "simpool":
-            _, attention = self.simpool(self.forward_features(x), return_attention=True)  # (B, 1, N)
-        else:
-            attention = self.get_last_selfattention(x)[:, :, 0, 1:]  # (B, heads, N)
-        return attention.unflatten(-1, grid)
+        """The pooling's attention (B, heads, h, w): the operator's, or the [CLS] row of the last block."""
+        if self.mode != "official":
+            return super().get_attention_map(x)
+        attention = self.get_last_selfattention(x)[:, :, 0, 1:]  # (B, heads, N)
+        return attention.unflatten(-1, self.patch_embed.grid(*x.shape[-2:]))
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -57,7 +57,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_flag(group, "--normalize", choices=("common", "image"), default="common",
              help="common: attention / uniform, one scale for all; image: each map by its own range")  # fmt: skip
     add_flag(group, "--masks", action="store_true",
-             help="also what masked image modelling hides of each image: blocks, random patches, AttMask's choices")  # fmt: skip
+             help="also what masked image modelling hides: blocks, random patches, AttMask's choices")  # fmt: skip
     add_flag(group, "--mask_ratio", type=float, default=0.3, help="part of the patches that those masks hide")
     add_flag(group, "--show_max", type=float, default=0.1,
              help="AttMask-Hint reveals hints among this part of the patches")  # fmt: skip

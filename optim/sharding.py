@@ -51,7 +51,7 @@ def check_can_shard(device: torch.device, optimizer: str, compiled: bool) -> Non
         )
     if compiled:
         raise InputError("--fsdp true with --compile true is not supported; leave one of them out")
-    if optimizer == "sgd":
+    if optimizer in ("sgd", "nesterov"):
         raise InputError("--fsdp true: torch's fused SGD does not work on slices; use --optimizer adamw or lars")
     if device.type not in ("cuda", "cpu"):
         raise InputError(f"--fsdp true works on CUDA and CPU, not on {device.type}; leave it out")

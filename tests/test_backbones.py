@@ -148,8 +148,8 @@ def test_no_name_reaches_the_network(arch):
 @pytest.mark.parametrize(
     ("arch", "settings", "message"),
     [
-        ("vit_tiny", {"mode": "gap"}, "unknown mode 'gap'"),
-        ("test_vit", {"mode": "gap"}, "unknown mode 'gap'"),
+        ("vit_tiny", {"mode": "gep"}, "unknown mode 'gep'"),
+        ("test_vit", {"mode": "gep"}, "unknown mode 'gep'"),
         ("vit_tiny", {"gamma": "big"}, "gamma 'big'"),
         ("vit_tiny", {"mode": "simpool", "gamma": -1.0}, "gamma .* -1.0"),
         ("vit_tiny", {"img_size": 30}, "30x30"),

@@ -94,8 +94,8 @@ def test_channels_last_gives_the_same():
 
 def test_wrong_input_is_named():
     """An unknown mode and an image without a single position are ValueErrors that show the value."""
-    with pytest.raises(ValueError, match="gap"):
-        small_convnext("gap")
+    with pytest.raises(ValueError, match="gep"):
+        small_convnext("gep")
     with pytest.raises(ValueError, match=r"31x64.*32x32"):
         small_convnext()(torch.zeros(1, 3, 31, 64))
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import main_attmask
 import main_dino
+from data.datasets import open_images
 from distill.heads import DINOHead
 from distill.masked_multicrop import Masks, masks_with_rows
 from runtime.checkpoint import read_checkpoint
@@ -134,7 +135,7 @@ def test_the_lean_step_is_the_formula(name):
     with torch.no_grad():
         for parameter in run.teacher.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    source = main_attmask.launch.open_data(run.args)[0]
+    source = open_images("demo", "train")
     batch = run.views.dataset(source, 0).__getitems__([(0, i) for i in range(3)])
     crops = [crop.double() for crop in run.views.on_device(batch)]
     before = {name: value.clone() for name, value in run.loss.state_dict().items()}
@@ -189,7 +190,7 @@ def test_the_masks_of_a_step_do_not_depend_on_ranks_or_micro_batches():
     assert all(0.1 <= ratio <= 0.5 and 0.01 <= shown <= 0.05 for ratio, shown in ratios)
     assert min(ratios)[0] < 0.12
     assert max(ratios)[0] > 0.48
-    source = main_attmask.launch.open_data(run.args)[0]
+    source = open_images("demo", "train")
     images = views.dataset(source, 0)
     together, alone = images.__getitems__([(1, 7), (1, 8)]), images.__getitems__([(1, 8)])
     assert torch.equal(together.masked[:, 1:], alone.masked)

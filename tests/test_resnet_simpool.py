@@ -94,8 +94,8 @@ def test_channels_last_gives_the_same():
 
 def test_wrong_input_is_named():
     """An unknown mode and an empty image are ValueErrors that show the value."""
-    with pytest.raises(ValueError, match="gap"):
-        small_resnet("gap")
+    with pytest.raises(ValueError, match="gep"):
+        small_resnet("gep")
     with pytest.raises(ValueError, match="0x32"):
         small_resnet()(torch.zeros(1, 3, 0, 32))
 

@@ -208,7 +208,7 @@ def test_classifier():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"mode": "gap"}, {"pos_embed_policy": "near"}, {"num_heads": 5}, {"patch_size": 0}, {"img_size": 60}]
+    "settings", [{"mode": "gep"}, {"pos_embed_policy": "near"}, {"num_heads": 5}, {"patch_size": 0}, {"img_size": 60}]
 )
 def test_wrong_settings_are_named(settings):
     """A setting that cannot be honoured is a ValueError that shows its value."""
