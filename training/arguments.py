@@ -139,7 +139,7 @@ def check(args: argparse.Namespace) -> None:
     zero_or_more(
         args, "lr", "min_lr", "weight_decay", "weight_decay_end", "clip_grad", "drop_path_rate", "warmup_epochs",
         "eval_every", "saveckp_freq", "num_workers", "checkpoint_every_steps", "checkpoint_every_minutes",
-        "max_failed_saves", "max_bad_steps", "seed",
+        "max_failed_saves", "max_bad_steps", "seed", "pool_depth",
     )  # fmt: skip
     at_most(
         args, epochs=1_000_000, img_size=16_384, in_chans=10_000, embed_dim=65_536, depth=1_000, num_heads=4_096,
