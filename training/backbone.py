@@ -32,6 +32,14 @@ def pooling_config(backbone: nn.Module) -> dict[str, Any]:
     return dict(getattr(backbone, "pooling_config", {}))
 
 
+def initial_settings(path: str) -> dict[str, Any]:
+    """What the file of --init_from tells of its model, except the image size. Raises InputError."""
+    with input_errors():
+        content = pretrained.read(path)
+        found = pretrained.interpret(content, path, "student" if "student" in content else "teacher")
+    return {key: value for key, value in found.settings.items() if key in pretrained.MODEL_KEYS and key != "img_size"}
+
+
 def load_initial_backbone(backbone: nn.Module, args: argparse.Namespace) -> None:
     """Load the backbone of --init_from, ours or a published one; notes say what was taken.
 
