@@ -17,13 +17,16 @@ LEVELS = {
     "backbones": 3,
     "evaluation": 4,
     "utils": 5, "training": 5,
-    "main_dino": 6, "eval_knn": 6, "eval_linear": 6, "visualize_attention": 6, "hubconf": 6, "tools": 6,
+    "main_dino": 6, "eval_knn": 6, "eval_linear": 6, "eval_localization": 6, "eval_background": 6,
+    "visualize_attention": 6, "hubconf": 6, "tools": 6,
     "benchmarks": 7, "run_scripts": 7,
 }  # fmt: skip
 MODELS = ("vision_transformer", "resnet_simpool", "convnext_simpool")
 READING = ("pretrained", "torchfile.read", "torchfile.archive", "torchfile.plain_pickle")
 BACKBONE_FILES = ("sp", "pooled_backbone", *READING, *MODELS, "backbones", "distill.heads", "hubconf")
-PROGRAMS = ("main_dino", "eval_knn", "eval_linear", "visualize_attention", "hubconf")
+PROGRAMS = (
+    "main_dino", "eval_knn", "eval_linear", "eval_localization", "eval_background", "visualize_attention", "hubconf",
+)  # fmt: skip
 
 
 @functools.cache
