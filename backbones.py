@@ -3,28 +3,29 @@
 Our own names (vit_*, their aliases deit_*, resnet*, convnext_*) are built from the files next to this one; any other
 name is looked up in timm, which is imported only then. Nothing is ever downloaded. If both know a name, ours wins.
 
-A timm model keeps its own pooling in official mode. In SimPool mode its tokens (without prefix tokens) or its map are
-taken before the final norm, pooled, then normed: tokens with gamma 1.25 and beta, maps with gamma 2.0 and no beta.
-
-Every model has `num_features`, the width of the feature it returns, and `get_attention_map(x) -> (B, heads, h, w)`.
+Every model is a PooledBackbone: `mode` is "official", the architecture's own pooling, or the name of an operator of
+poolings/. A timm model keeps its own pooling in official mode; for an operator its tokens (without prefix tokens) or
+its map are taken before the final norm, pooled, then normed, or normed and then pooled.
 """
 
 from __future__ import annotations
 
 import difflib
-import math
-import re
-from functools import cache
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 import convnext_simpool
 import resnet_simpool
 import vision_transformer
-from pooled_backbone import MODES
-from sp import SimPool
+from pooled_backbone import GAMMA, MODES, check_pooling
+from timm_backbone import build_timm, kind_of, knows, listed, timm_names
+
+__all__ = [
+    "ALIASES", "DEFAULT_GAMMA", "FAMILIES", "MODES", "Backbone", "available", "build_backbone", "family",
+    "resolve_gamma",
+]  # fmt: skip
 
 FAMILIES = {
     "vit": {name: getattr(vision_transformer, name) for name in ("vit_tiny", "vit_small", "vit_base")},
@@ -35,7 +36,7 @@ FAMILIES = {
     },
 }
 ALIASES = {name.replace("vit", "deit"): name for name in FAMILIES["vit"]}
-DEFAULT_GAMMA = {"vit": 1.25, "resnet": 2.0, "convnext": 2.0, "tokens": 1.25, "map": 2.0}
+DEFAULT_GAMMA = {"vit": GAMMA["tokens"], "resnet": GAMMA["map"], "convnext": GAMMA["map"], **GAMMA}
 
 # timm's convolutional families. A name not listed here is treated as a transformer, whose recipe (AdamW, no batch
 # statistics) is the safer default for an unknown model.
@@ -53,9 +54,29 @@ def family(arch: str) -> str:
     return "vit"
 
 
+def is_own_vit(arch: str) -> bool:
+    """Whether the name is one of our vision transformers, or of their aliases."""
+    return ALIASES.get(arch, arch) in FAMILIES["vit"]
+
+
 def available() -> list[str]:
     """Names of our own models, without aliases or timm's names."""
     return [name for models in FAMILIES.values() for name in models]
+
+
+class Backbone(Protocol):
+    """What every model offers."""
+
+    num_features: int
+
+    def forward_features(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) -> the last tokens (B, T, D) or map (B, D, h, w), before the final norm."""
+
+    def forward_dense(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(B, C, H, W) -> feature (B, num_features), positions (B, N, D), attention (B, heads, N) or None."""
+
+    def get_attention_map(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, heads, h, w)."""
 
 
 def build_backbone(
@@ -72,46 +93,70 @@ def build_backbone(
     pos_embed_policy: str = "exact",
     value_min: str = "image",
     num_classes: int = 0,
+    masked_im_modeling: bool = False,
+    use_beta: bool | None = None,
+    pool_position: str = "before",
+    pool_depth: int = 0,
+    pooling_args: Mapping[str, Any] | None = None,
+    drop_rate: float = 0.0,
 ) -> nn.Module:
     """A randomly initialised backbone that returns features (B, num_features), or logits if num_classes > 0.
 
     Args:
         arch: a name of ours (`available()`), deit_tiny/small/base, or a timm model's name.
-        mode: "official" (the architecture's own pooling) or "simpool".
+        mode: "official" (the architecture's own pooling) or an operator's name, such as "simpool" or "gem".
         gamma: SimPool's exponent, None for none, or "auto" for the family's.
         patch_size: of our ViTs, in pixels; other architectures fix their own.
         drop_path_rate: stochastic depth of the last block.
         img_size: native size in pixels, a number or (height, width).
         embed_dim, depth, num_heads: override a ViT's preset.
-        pos_embed_policy: "exact" or "reference", for our SimPool ViTs.
+        pos_embed_policy: "exact" or "reference", for our ViTs without [CLS].
         value_min: SimPool's minimum, "image" or "batch".
+        masked_im_modeling: give one of our ViTs the parameter that stands for masked patches.
+        use_beta: SimPool's learned scalar; None: for tokens that are pooled before the final norm, as published.
+        pool_position: pool "before" the final norm or "after" it.
+        pool_depth: number of blocks, at the end, that are not built (of a ResNet's or ConvNeXt's last stage).
+        pooling_args: the operator's settings, such as {"p": 2.0} for gem.
+        drop_rate: dropout, of vision transformers and of timm's models.
 
     Raises:
         ValueError: for an unknown name (listing near matches), and for any setting that the architecture can't honour.
     """
-    if mode not in MODES:
-        raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
+    pooling = {"use_beta": use_beta, "pool_position": pool_position, "pooling_args": dict(pooling_args or {})}
+    check_pooling(mode, **pooling)
+    gamma = _parsed(gamma)
+    if mode not in ("official", "simpool") and gamma not in ("auto", None):
+        raise ValueError(f"{mode} has no gamma, got {gamma}; only simpool has one: leave it out")
     name = ALIASES.get(arch, arch)
     own = _family(name)
+    if masked_im_modeling and own != "vit":
+        raise ValueError(
+            f"{arch} takes no mask of patches, so masked_im_modeling can't be honoured; choose "
+            f"{', '.join(FAMILIES['vit'])}, or leave it out"
+        )
     shape = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
     shape = {key: value for key, value in shape.items() if value is not None}
     common = {"in_chans": in_chans, "num_classes": num_classes}
+    rates = {"drop_path_rate": drop_path_rate, "drop_rate": drop_rate}
+    pooling |= {"gamma": gamma, "value_min": value_min}
     if own is None:
-        pooling = {"gamma": gamma, "value_min": value_min}
-        return _build_timm(name, mode, pooling, drop_path_rate, img_size, patch_size, {**common, **shape})
+        return build_timm(name, mode, pooling, rates, img_size, patch_size, pool_depth, {**common, **shape})
 
-    common |= {"mode": mode, "gamma": resolve_gamma(name, gamma), "value_min": value_min}
+    common |= {"mode": mode, "pool_depth": pool_depth, **pooling}
     if own == "vit":
         return FAMILIES[own][name](
             patch_size=patch_size,
             img_size=img_size,
-            drop_path_rate=drop_path_rate,
             pos_embed_policy=pos_embed_policy,
+            masked_im_modeling=masked_im_modeling,
+            **rates,
             **common,
             **shape,
         )
     if shape:
-        raise ValueError(f"{arch} has a fixed shape: {_listed(shape)} can only be set for vit_*; leave it out")
+        raise ValueError(f"{arch} has a fixed shape: {listed(shape)} can only be set for vit_*; leave it out")
+    if drop_rate:
+        raise ValueError(f"{arch} has no dropout: drop_rate {drop_rate} can't be honoured; set 0")
     if own == "resnet":
         if drop_path_rate:
             raise ValueError(
@@ -130,15 +175,23 @@ def resolve_gamma(arch: str, gamma: float | str | None) -> float | None:
 
     For "auto" and a timm name the model is built once, to see whether it returns tokens or a map.
     """
+    gamma = _parsed(gamma)
+    if gamma != "auto":
+        return gamma
+    name = ALIASES.get(arch, arch)
+    return DEFAULT_GAMMA[_family(name) or kind_of(name)]
+
+
+def _parsed(gamma: float | str | None) -> float | str | None:
+    """A number, "auto" or None. Raises ValueError for anything else."""
     if gamma is None or (isinstance(gamma, str) and gamma.lower() == "none"):
         return None
-    if gamma != "auto":
-        try:
-            return float(gamma)
-        except ValueError:
-            raise ValueError(f'gamma {gamma!r} is not a number, "auto" or "none"') from None
-    name = ALIASES.get(arch, arch)
-    return DEFAULT_GAMMA[_family(name) or _timm_kind(name)]
+    if gamma == "auto":
+        return "auto"
+    try:
+        return float(gamma)
+    except ValueError:
+        raise ValueError(f'gamma {gamma!r} is not a number, "auto" or "none"') from None
 
 
 def _family(name: str) -> str | None:
@@ -146,213 +199,11 @@ def _family(name: str) -> str | None:
     for family, models in FAMILIES.items():
         if name in models:
             return family
-    if _timm_knows(name):
+    if knows(name):
         return None
-    candidates = [*available(), *ALIASES, *_timm_names()]
+    candidates = [*available(), *ALIASES, *timm_names()]
     near = difflib.get_close_matches(name, candidates, n=5, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}?" if near else "no name is near it;"
     raise ValueError(
         f"unknown architecture {name!r}; {hint} Ours are {', '.join(available())}; any timm name works too"
     )
-
-
-def _listed(settings: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in settings.items())
-
-
-# ---- timm ----
-
-
-@cache
-def _timm_names() -> tuple[str, ...]:
-    try:
-        import timm
-    except ImportError:
-        return ()
-    return tuple(timm.list_models())
-
-
-def _timm_knows(name: str) -> bool:
-    """Whether timm has this name, with or without a weights tag (name.tag). Hub addresses would need the network."""
-    return name.partition(".")[0] in _timm_names()
-
-
-class TimmBackbone(nn.Module):
-    """A timm model with our interface: `body` is timm's model, pooled by its own head or by SimPool.
-
-    In SimPool mode, parameters that the feature does not depend on (those of a head's own pooling, say) are frozen, so
-    that distributed training does not wait for their gradients.
-    """
-
-    def __init__(self, name: str, body: nn.Module, mode: str, probe: Tensor, pooling: dict, num_classes: int) -> None:
-        super().__init__()
-        self.name = name
-        self.mode = mode
-        self.body = body
-        self.simpool = None
-        if mode == "official":
-            width = _probe(name, body, body, probe).shape[-1]
-            self.num_features = body.head_hidden_size if num_classes > 0 else width
-            return
-        self.norm = _take_final_norm(body)
-        features = _probe(name, body, self.forward_features, probe)
-        kind = _kind(features)
-        self.num_features = features.shape[-1] if kind == "tokens" else features.shape[1]
-        gamma = DEFAULT_GAMMA[kind] if pooling["gamma"] == "auto" else resolve_gamma(name, pooling["gamma"])
-        self.simpool = SimPool(
-            self.num_features, gamma=gamma, use_beta=kind == "tokens", value_min=pooling["value_min"]
-        )
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
-        self._freeze_what_is_not_used(probe)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """timm's own gradient checkpointing of the body."""
-        self.body.set_grad_checkpointing(enable)
-
-    def forward_features(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Tokens (B, N, D) without prefix tokens, or a map (B, D, h, w); before the final norm in SimPool mode.
-
-        Raises ValueError if there is a mask: only our own vision transformers take one.
-        """
-        if mask is not None:
-            raise ValueError(
-                f"{self.name} takes no mask of patches; use a vit_tiny, vit_small or vit_base built with "
-                "masked_im_modeling=True"
-            )
-        return _patches(self.name, self.body, self.body.forward_features(x))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, D), or (B, num_classes)"""
-        if self.mode == "official":
-            return self.body(x)
-        return self.head(_norm_of_vector(self.norm, self.simpool(self.forward_features(x))))
-
-    def get_attention_map(self, x: Tensor) -> Tensor:
-        """SimPool's map, (B, 1, h, w)."""
-        if self.simpool is None:
-            raise ValueError(f'{self.name} with its own pooling has no attention map; build it with mode="simpool"')
-        features = self.forward_features(x)
-        _, attention = self.simpool(features, return_attention=True)  # (B, 1, N)
-        grid = features.shape[-2:] if features.ndim == 4 else _token_grid(x.shape[-2:], attention.shape[-1])
-        return attention.unflatten(-1, grid)
-
-    def _freeze_what_is_not_used(self, probe: Tensor) -> None:
-        training = self.training
-        with torch.enable_grad():
-            feature = self.eval()(probe).sum()
-            parameters = [p for p in self.parameters() if p.requires_grad]
-            grads = torch.autograd.grad(feature, parameters, allow_unused=True)
-        for parameter, grad in zip(parameters, grads, strict=True):
-            parameter.requires_grad_(grad is not None)
-        self.train(training)
-
-
-def _build_timm(
-    name: str, mode: str, pooling: dict, drop_path_rate: float, img_size, patch_size: int, settings: dict
-) -> TimmBackbone:
-    num_classes = settings.pop("num_classes")
-    size = vision_transformer.image_size(img_size)
-    optional = {"img_size": size, "dynamic_img_size": True, "strict_img_size": False}  # any crop size where possible
-    (settings if drop_path_rate else optional)["drop_path_rate"] = drop_path_rate
-    settings["num_classes"] = num_classes if mode == "official" else 0
-    body = _create_timm(name, settings, optional)
-    own = getattr(getattr(body, "patch_embed", None), "patch_size", None)
-    if own is not None and patch_size not in (16, *vision_transformer.image_size(own)):
-        raise ValueError(f"{name} has patches of {own}: patch_size {patch_size} can't be honoured; leave it out")
-    if drop_path_rate and not any(getattr(module, "drop_prob", 0) for module in body.modules()):
-        raise ValueError(
-            f"{name} (timm) has no stochastic depth: drop_path_rate {drop_path_rate} can't be honoured; set 0"
-        )
-    probe = torch.zeros(1, settings["in_chans"], *size)
-    return TimmBackbone(name, body, mode, probe, pooling, num_classes)
-
-
-def _create_timm(name: str, settings: dict[str, Any], optional: dict[str, Any]) -> nn.Module:
-    """timm's model with all `settings` (ValueError if it doesn't accept one) and the `optional` ones it accepts."""
-    import timm
-
-    while True:
-        try:
-            return timm.create_model(name, pretrained=False, **settings, **optional)
-        except TypeError as error:
-            refused = re.findall(r"'(\w+)'", str(error)) if "unexpected keyword" in str(error) else []
-            impossible = {key: settings[key] for key in refused if key in settings}
-            if impossible:
-                raise ValueError(f"{name} (timm) does not take {_listed(impossible)}; leave it out") from error
-            if not optional.keys() & set(refused):
-                raise
-            optional = {key: value for key, value in optional.items() if key not in refused}
-        except (AssertionError, RuntimeError) as error:
-            raise ValueError(f"timm can't build {name} with {_listed({**settings, **optional})}: {error}") from error
-
-
-@torch.no_grad()
-def _probe(name: str, body: nn.Module, function, probe: Tensor):
-    """function(probe) in eval mode. Raises ValueError if the model doesn't accept such images."""
-    training = body.training
-    body.eval()
-    try:
-        return function(probe)
-    except (AssertionError, RuntimeError, ValueError) as error:
-        size = "x".join(map(str, probe.shape[-2:]))
-        raise ValueError(
-            f"{name} (timm) does not take images of {size} pixels with {probe.shape[1]} channels: {error}"
-        ) from error
-    finally:
-        body.train(training)
-
-
-def _patches(name: str, body: nn.Module, features: Any) -> Tensor:
-    """timm's features as tokens (B, N, D) without prefix tokens, or as a map (B, D, h, w)."""
-    if not isinstance(features, Tensor) or features.ndim not in (3, 4):
-        found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-        raise ValueError(f'{name} (timm) gives neither tokens nor a map ({found}); only mode="official" works for it')
-    if features.ndim == 4:
-        channels_last = getattr(body, "output_fmt", None) == "NHWC" or (
-            features.shape[1] != body.num_features == features.shape[-1]
-        )
-        return features.permute(0, 3, 1, 2) if channels_last else features
-    prefix = getattr(body, "num_prefix_tokens", None)
-    if prefix is None:
-        prefix = int(getattr(body, "cls_token", None) is not None)
-    return features[:, prefix:]
-
-
-def _kind(features: Tensor) -> str:
-    return "tokens" if features.ndim == 3 else "map"
-
-
-@cache
-def _timm_kind(name: str) -> str:
-    """Whether a timm model returns "tokens" or a "map"."""
-    body = _create_timm(name, {"num_classes": 0}, {})
-    size = getattr(body, "default_cfg", {}).get("input_size", (3, 224, 224))
-    features = _probe(name, body, body.forward_features, torch.zeros(1, *size))
-    return _kind(_patches(name, body, features))
-
-
-def _take_final_norm(body: nn.Module) -> nn.Module:
-    """Remove the norm before or after timm's pooling from the body and return it; an Identity if there is none."""
-    head = getattr(body, "head", None)
-    for owner, attribute in ((body, "norm"), (body, "fc_norm"), (head, "norm")):
-        norm = getattr(owner, attribute, None)
-        if isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity):
-            setattr(owner, attribute, nn.Identity())
-            return norm
-    return nn.Identity()
-
-
-def _norm_of_vector(norm: nn.Module, x: Tensor) -> Tensor:
-    """A norm made for tokens or for maps, applied to pooled features (B, D)."""
-    if isinstance(norm, nn.GroupNorm) or "2d" in type(norm).__name__.lower():
-        return norm(x[:, :, None, None]).flatten(1)
-    return norm(x)
-
-
-def _token_grid(size: tuple[int, int], tokens: int) -> tuple[int, int]:
-    """(h, w) of `tokens` square patches on an image of `size`."""
-    side = math.sqrt(size[0] * size[1] / tokens)
-    grid = (round(size[0] / side), round(size[1] / side))
-    if grid[0] * grid[1] != tokens:
-        raise ValueError(f"{tokens} tokens do not form a grid on an image of {size[0]}x{size[1]} pixels")
-    return grid

@@ -1,8 +1,8 @@
-"""ConvNeXt tiny to xlarge, with global average pooling ("official") or SimPool.
+"""ConvNeXt tiny to xlarge, with global average pooling ("official"), SimPool or another operator.
 
 Follows "A ConvNet for the 2020s", with the parameter names of its original checkpoints (downsample_layers, stages,
-dwconv, pwconv1, pwconv2, gamma for the layer scale). SimPool pools the last map in place of the average; the final
-LayerNorm follows in both modes.
+dwconv, pwconv1, pwconv2, gamma for the layer scale). An operator pools the last map in place of the average; the final
+LayerNorm follows, or comes first with pool_position "after".
 
 Maps are normed over their channels by torch's fused kernel on a channels-last view, which needs no copy if the model
 runs in channels_last memory format.
@@ -12,13 +12,14 @@ Shape letters: B batch, C channels, h, w the map's size (image size / 32), D wid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pooled_backbone import PooledBackbone
+from pooled_backbone import PooledBackbone, fewer_blocks
 from vision_transformer import DropPath
 
 STRIDE = 32  # of the last map: 4 in the stem and 2 in each of three stages, all without padding
@@ -57,15 +58,17 @@ class ConvNeXt(PooledBackbone):
 
     Args:
         depths, dims: blocks and channels of the four stages.
-        mode: "official" (global average pooling) or "simpool".
-        gamma: SimPool's exponent, or None; not used in official mode.
+        mode: "official" (global average pooling) or an operator's name, such as "simpool".
+        gamma: SimPool's exponent, or None; other modes do not use it.
         drop_path_rate: stochastic depth of the last block; earlier ones have proportionally less.
         layer_scale_init_value: initial layer scale; 0 for no layer scale.
         head_init_scale: factor on the classifier's initial weights.
-        value_min: SimPool's minimum, "image" or "batch".
+        value_min, use_beta, pool_position, pooling_args: of the pooling, see PooledBackbone.
+        pool_depth: number of the last stage's blocks that are not built.
 
     Raises:
-        ValueError: for an unknown mode, and in forward for images smaller than 32 pixels.
+        ValueError: for an unknown mode, settings that the pooling does not have, and in forward for images smaller than
+            32 pixels.
     """
 
     def __init__(
@@ -80,9 +83,13 @@ class ConvNeXt(PooledBackbone):
         head_init_scale: float = 1.0,
         in_chans: int = 3,
         value_min: str = "image",
+        use_beta: bool | None = None,
+        pool_position: str = "before",
+        pool_depth: int = 0,
+        pooling_args: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(mode)
-        self.num_features = dims[-1]
+        super().__init__(mode, gamma, value_min, use_beta, pool_position, pooling_args)
+        depths = (*depths[:-1], fewer_blocks(depths[-1], pool_depth))
         stem = nn.Sequential(nn.Conv2d(in_chans, dims[0], kernel_size=4, stride=4), ChannelNorm(dims[0], eps=1e-6))
         self.downsample_layers = nn.ModuleList([stem])
         for before, after in pairwise(dims):
@@ -93,10 +100,10 @@ class ConvNeXt(PooledBackbone):
             nn.Sequential(*(Block(dim, next(rates), layer_scale_init_value) for _ in range(depth)))
             for depth, dim in zip(depths, dims, strict=True)
         )
-        self.make_pooling(self.num_features, gamma=gamma, value_min=value_min)
-        self.norm = nn.LayerNorm(self.num_features, eps=1e-6)
+        self.make_pooling(dims[-1], "map")
+        self.norm = nn.LayerNorm(self.norm_width, eps=1e-6)
         self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
-        self.apply(_init_weights)
+        self.initialise(_init_weights)
         if num_classes > 0:
             self.head.weight.data.mul_(head_init_scale)
 
@@ -115,8 +122,8 @@ class ConvNeXt(PooledBackbone):
         return x
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, D), or (B, num_classes)"""
-        return self.head(self.norm(self.pool_map(self.forward_features(x))))
+        """(B, C, H, W) -> (B, num_features), or (B, num_classes)"""
+        return self.head(self.feature_of(self.forward_features(x), tuple(x.shape[-2:])))
 
 
 def _init_weights(module: nn.Module) -> None:

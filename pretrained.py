@@ -46,7 +46,8 @@ _CONVNEXTS = {
     (27, 192): "convnext_large",
     (27, 256): "convnext_xlarge",
 }
-_LEFT_OVER = ("head.", "fc.", "masked_embed", "num_batches")  # a classifier, and iBOT's mask token
+MASK_TOKEN = "masked_embed"  # of iBOT's and AttMask's students; their teachers and evaluations have none
+_LEFT_OVER = ("head.", "fc.", MASK_TOKEN, "num_batches")  # a classifier, and the mask token
 
 
 @dataclass
@@ -90,7 +91,8 @@ def find_backbone(
     """The backbone's weights under the names of our models, and notes.
 
     `checkpoint_key` chooses between `teacher` and `student`; a file of one backbone alone leaves no choice, and a
-    training without a teacher is read by its student. Raises ValueError if the key is absent (the message lists those
+    training without a teacher is read by its student. BatchNorms of augmentation splits (`aux_bn`), which count only
+    while training, are left out. Raises ValueError if the key is absent (the message lists those
     that are there) or there are no weights.
     """
     state, notes = _state_dict(content, checkpoint_key, path)
@@ -99,7 +101,7 @@ def find_backbone(
         weights = {
             name.removeprefix("backbone."): value for name, value in weights.items() if name.startswith("backbone.")
         }
-    return {_current_name(name): value for name, value in weights.items()}, notes
+    return {_current_name(name): value for name, value in weights.items() if ".aux_bn." not in name}, notes
 
 
 def without_prefix(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -141,13 +143,13 @@ def _current_name(name: str) -> str:
 def check_fit(model: nn.Module, weights: Mapping[str, Tensor], path: str | Path) -> list[str]:
     """Compare names and shapes with those of the model, which may be on the meta device; returns notes.
 
-    Only a classifier and iBOT's mask token may be left over; a model keeps its own classifier if the file has none.
-    Raises ValueError listing what is missing, unknown, or of another shape.
+    Only a classifier and iBOT's mask token may be left over; a model keeps its own if the file has none (its mask token
+    with a note). Raises ValueError listing what is missing, unknown, or of another shape.
     """
     wanted = model.state_dict()
     left_over = [name for name in weights if name not in wanted]
     unknown = sorted(name for name in left_over if not name.startswith(_LEFT_OVER))
-    missing = [name for name in wanted if name not in weights and not name.startswith(("head.", "fc."))]
+    missing = [name for name in wanted if name not in weights and not name.startswith(("head.", "fc.", MASK_TOKEN))]
     shapes = [
         f"{name} is {tuple(weights[name].shape)} there and {tuple(wanted[name].shape)} here"
         for name in wanted
@@ -168,7 +170,10 @@ def check_fit(model: nn.Module, weights: Mapping[str, Tensor], path: str | Path)
             f"{path} does not fit the model: {'; '.join(problems)}. Check --arch, --mode, --patch_size and --img_size, "
             "or leave them out and let the checkpoint tell"
         )
-    return [f"not used by the backbone: {_some(left_over)}"] if left_over else []
+    notes = [f"not used by the backbone: {_some(left_over)}"] if left_over else []
+    if MASK_TOKEN in wanted and MASK_TOKEN not in weights:
+        notes.append(f"{path} has no {MASK_TOKEN}: masked patches start as the model's own")
+    return notes
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str | Path) -> list[str]:

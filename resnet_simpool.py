@@ -1,8 +1,8 @@
-"""ResNet-18 to -152, with global average pooling ("official") or SimPool.
+"""ResNet-18 to -152, with global average pooling ("official"), SimPool or another operator.
 
 Follows "Deep Residual Learning for Image Recognition" with the stride on the 3x3 convolution (v1.5), and torchvision's
 parameter names, so that published weights load. Written out here rather than imported: torchvision adds a second to
-start-up, and its model does not expose its last map. SimPool pools that map, and no norm follows.
+start-up, and its model does not expose its last map. The operator pools that map, and no norm follows.
 
 Departure from the published code: `mode` works for ResNet-18 and -34 too.
 
@@ -11,12 +11,13 @@ Shape letters: B batch, C channels, h, w the map's size (image size / 32), D wid
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
-from pooled_backbone import PooledBackbone
+from pooled_backbone import PooledBackbone, fewer_blocks
 
 
 def _conv3x3(in_planes: int, planes: int, stride: int = 1) -> nn.Conv2d:
@@ -76,12 +77,14 @@ class ResNet(PooledBackbone):
     Args:
         block: BasicBlock or Bottleneck.
         layers: blocks in each of the four stages.
-        mode: "official" (global average pooling) or "simpool".
-        gamma: SimPool's exponent, or None; not used in official mode.
-        value_min: SimPool's minimum, "image" or "batch".
+        mode: "official" (global average pooling) or an operator's name, such as "simpool".
+        gamma: SimPool's exponent, or None; other modes do not use it.
+        value_min, use_beta, pool_position, pooling_args: of the pooling, see PooledBackbone. There is no norm, so its
+            position makes no difference.
+        pool_depth: number of the last stage's blocks that are not built.
 
     Raises:
-        ValueError: for an unknown mode, and in forward for an empty image.
+        ValueError: for an unknown mode, settings that the pooling does not have, and in forward for an empty image.
     """
 
     def __init__(
@@ -93,9 +96,12 @@ class ResNet(PooledBackbone):
         num_classes: int = 1000,
         in_chans: int = 3,
         value_min: str = "image",
+        use_beta: bool | None = None,
+        pool_position: str = "before",
+        pool_depth: int = 0,
+        pooling_args: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(mode)
-        self.num_features = 512 * block.expansion
+        super().__init__(mode, gamma, value_min, use_beta, pool_position, pooling_args)
         self.conv1 = nn.Conv2d(in_chans, 64, kernel_size=7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
@@ -103,12 +109,11 @@ class ResNet(PooledBackbone):
         self.layer1 = _stage(block, 64, 64, layers[0], stride=1)
         self.layer2 = _stage(block, 64 * block.expansion, 128, layers[1], stride=2)
         self.layer3 = _stage(block, 128 * block.expansion, 256, layers[2], stride=2)
-        self.layer4 = _stage(block, 256 * block.expansion, 512, layers[3], stride=2)
-        self.make_pooling(self.num_features, gamma=gamma, value_min=value_min)
+        self.layer4 = _stage(block, 256 * block.expansion, 512, fewer_blocks(layers[3], pool_depth), stride=2)
+        self.make_pooling(512 * block.expansion, "map")
+        self.norm = nn.Identity()
         self.fc = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.initialise(_init_weights)
 
     def forward_features(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The last map, (B, D, h, w). Raises ValueError if there is a mask."""
@@ -126,8 +131,13 @@ class ResNet(PooledBackbone):
         return _statistics_untouched(block)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, D), or (B, num_classes)"""
-        return self.fc(self.pool_map(self.forward_features(x)))
+        """(B, C, H, W) -> (B, num_features), or (B, num_classes)"""
+        return self.fc(self.feature_of(self.forward_features(x), tuple(x.shape[-2:])))
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 @contextmanager

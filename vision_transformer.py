@@ -1,15 +1,16 @@
-"""Vision transformers tiny, small and base: DINO's, with its [CLS] token ("official"), or pooled by SimPool.
+"""Vision transformers tiny, small and base: DINO's, with its [CLS] token ("official"), or pooled by an operator.
 
 Follows "An Image is Worth 16x16 Words" as DINO builds it (pre-norm blocks, LayerNorm eps 1e-6), with the parameter
-names of its checkpoints and the methods that its scripts call. SimPool mode has no [CLS] token: SimPool pools the
-tokens of the last block, and the final norm follows. That norm removes SimPool's scalar beta, which therefore has no
-effect here; the parameter is kept because the published checkpoints contain it.
+names of its checkpoints and the methods that its scripts call. In every other mode there is no [CLS] token: an operator
+(SimPool, or another one of poolings/) pools the tokens of the last block, before the final norm or after it. Before it,
+as in the self-supervised models of SimPool, that norm removes SimPool's scalar beta, which therefore has no effect; the
+parameter is kept because the published checkpoints contain it.
 
 Departures from the published code, and why:
-- Position embeddings in SimPool mode are left untouched at the native size and resized to the exact grid elsewhere
-  (`pos_embed_policy="exact"`). The published code resamples them by (g + 0.1) / g even at the native size;
-  `"reference"` does so too, for the weights that were trained with it. Official mode is DINO's: untouched at the
-  native size, (g + 0.1) / g elsewhere.
+- Position embeddings of models without [CLS] are left untouched at the native size and resized to the exact grid
+  elsewhere (`pos_embed_policy="exact"`). The published code resamples those of SimPool models by (g + 0.1) / g even at
+  the native size; `"reference"` does so too, for the weights that were trained with it. Official mode is DINO's:
+  untouched at the native size, (g + 0.1) / g elsewhere.
 - The gamma that a model is given is the one it uses (published: every teacher has 1.25).
 - Any image size divisible by the patch size is accepted; any other raises an error instead of being cut silently.
 - Attention uses the kernel that is fastest on the device; `attend` chooses it.
@@ -21,8 +22,9 @@ T tokens (N, or N + 1 with [CLS]), D width.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +32,7 @@ from torch.nn import functional as F
 from torch.nn.init import trunc_normal_
 
 from distill.heads import DINOHead
-from pooled_backbone import PooledBackbone
+from pooled_backbone import PooledBackbone, fewer_blocks
 
 __all__ = [
     "Attention",
@@ -109,8 +111,13 @@ def attend(
     if not need_attention and (query.device.type != "cpu" or long_inference):
         p = dropout.p if dropout.training else 0.0
         return F.scaled_dot_product_attention(query, key, value, dropout_p=p, scale=scale), None
-    attention = (query * scale @ key.transpose(-2, -1)).softmax(dim=-1)
+    attention = attention_weights(query, key, scale)
     return dropout(attention) @ value, attention
+
+
+def attention_weights(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """(B, heads, R, d) queries, (B, heads, T, d) keys -> (B, heads, R, T), each row a distribution."""
+    return (query * scale @ key.transpose(-2, -1)).softmax(dim=-1)
 
 
 class Attention(nn.Module):
@@ -135,18 +142,28 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor, need_attention: bool = True) -> tuple[Tensor, Tensor | None]:
-        """(B, T, D) -> (B, T, D) and the attention (B, heads, T, T), which may be None if it is not needed."""
+    def forward(self, x: Tensor, need_attention: bool = True, attention_rows: int = 0) -> tuple[Tensor, Tensor | None]:
+        """(B, T, D) -> (B, T, D) and the attention (B, heads, T, T), which may be None if it is not needed.
+
+        With attention_rows = R the attention is that of the first R tokens alone, (B, heads, R, T), computed apart from
+        the others so that the fastest kernel can be used for the result.
+        """
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, d)
-        x, attention = attend(query, key, value, self.scale, self.attn_drop, need_attention)
+        x, attention = attend(query, key, value, self.scale, self.attn_drop, need_attention and not attention_rows)
+        if attention_rows:
+            attention = attention_weights(query[:, :, :attention_rows], key, self.scale)
         x = x.transpose(1, 2).reshape(batch, tokens, dim)
         return self.proj_drop(self.proj(x)), attention
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; with return_attention it returns the attention (B, heads, T, T), not the tokens."""
+    """Pre-norm transformer block: tokens (B, T, D) -> (B, T, D).
+
+    With return_attention it returns the attention (B, heads, T, T) instead of the tokens, as DINO's does; with
+    attention_rows = R both: the tokens, and the attention of the first R of them (B, heads, R, T).
+    """
 
     def __init__(
         self,
@@ -168,12 +185,15 @@ class Block(nn.Module):
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=drop)
 
-    def forward(self, x: Tensor, return_attention: bool = False) -> Tensor:
-        y, attention = self.attn(self.norm1(x), need_attention=return_attention)
+    def forward(
+        self, x: Tensor, return_attention: bool = False, attention_rows: int = 0
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        y, attention = self.attn(self.norm1(x), return_attention, attention_rows)
         if return_attention:
             return attention
         x = x + self.drop_path(y)
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return (x, attention) if attention_rows else x
 
 
 def image_size(size: int | Sequence[int]) -> tuple[int, int]:
@@ -246,19 +266,20 @@ class VisionTransformer(PooledBackbone):
     """Vision transformer that returns features (B, D), or logits if num_classes > 0.
 
     Args:
-        mode: "official" ([CLS] token, as DINO's) or "simpool".
-        gamma: SimPool's exponent, or None; not used in official mode.
+        mode: "official" ([CLS] token, as DINO's) or an operator's name, such as "simpool".
+        gamma: SimPool's exponent, or None; other modes do not use it.
         img_size: native size in pixels: a number, [size] or (height, width). forward accepts other sizes too.
         patch_size: side of the square patches in pixels.
         drop_path_rate: stochastic depth of the last block; earlier ones have proportionally less.
-        pos_embed_policy: "exact" or "reference" (module docstring); concerns SimPool mode only.
-        value_min: SimPool's minimum, "image" or "batch".
+        pos_embed_policy: "exact" or "reference" (module docstring); official mode follows DINO.
+        value_min, use_beta, pool_position, pooling_args: of the pooling, see PooledBackbone.
+        pool_depth: number of blocks, at the end, that are not built: pooling takes place as much earlier.
         masked_im_modeling: have the parameter `masked_embed` (1, D), zeros at first, which takes the place of masked
             patches (iBOT's student); without it the model takes no masks.
 
     Raises:
-        ValueError: for an unknown mode or policy, a size not divisible by the patch size, or a width not divisible by
-            the number of heads.
+        ValueError: for an unknown mode or policy, settings that the pooling does not have, a size not divisible by the
+            patch size, or a width not divisible by the number of heads.
     """
 
     def __init__(
@@ -282,13 +303,18 @@ class VisionTransformer(PooledBackbone):
         pos_embed_policy: str = "exact",
         value_min: str = "image",
         masked_im_modeling: bool = False,
+        use_beta: bool | None = None,
+        pool_position: str = "before",
+        pool_depth: int = 0,
+        pooling_args: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(mode)
+        super().__init__(mode, gamma, value_min, use_beta, pool_position, pooling_args)
+        depth = fewer_blocks(depth, pool_depth)
         if pos_embed_policy not in POS_EMBED_POLICIES:
             known = ", ".join(POS_EMBED_POLICIES)
             raise ValueError(f"unknown pos_embed_policy {pos_embed_policy!r}; choose one of {known}")
         self.pos_embed_policy = pos_embed_policy
-        self.num_features = self.embed_dim = embed_dim
+        self.embed_dim = embed_dim
         self.patch_size = patch_size
 
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
@@ -307,14 +333,14 @@ class VisionTransformer(PooledBackbone):
             )
             for i in range(depth)
         )  # fmt: skip
-        self.make_pooling(embed_dim, gamma=gamma, use_beta=True, value_min=value_min)
-        self.norm = norm_layer(embed_dim)
-        self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+        self.make_pooling(embed_dim, "tokens")
+        self.norm = norm_layer(self.norm_width)
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
 
         trunc_normal_(self.pos_embed, std=0.02)
         if mode == "official":
             trunc_normal_(self.cls_token, std=0.02)
-        self.apply(_init_weights)
+        self.initialise(_init_weights)
 
     def interpolate_pos_encoding(self, x: Tensor, height: int, width: int) -> Tensor:
         """Position embeddings (1, T, D) for the tokens x of a height x width image, by the policy (module docstring).
@@ -322,13 +348,13 @@ class VisionTransformer(PooledBackbone):
         DINO calls the two sides w and h, in this order.
         """
         native, grid = self.patch_embed.grid_size, self.patch_embed.grid(height, width)
-        resamples_always = self.mode == "simpool" and self.pos_embed_policy == "reference"
+        resamples_always = self.mode != "official" and self.pos_embed_policy == "reference"
         if grid == native and not resamples_always:
             return self.pos_embed
         prefix = self.pos_embed[:, : self.num_prefix_tokens]
         patches = self.pos_embed[:, self.num_prefix_tokens :].float().unflatten(1, native).permute(0, 3, 1, 2)
         scale = None
-        if not (self.mode == "simpool" and self.pos_embed_policy == "exact"):
+        if self.mode == "official" or self.pos_embed_policy == "reference":
             # as DINO does: the 0.1 prevents rounding from making the grid one too small
             scale = tuple((side + 0.1) / own for side, own in zip(grid, native, strict=True))
         patches = _resample(patches, grid, scale)
@@ -370,11 +396,34 @@ class VisionTransformer(PooledBackbone):
             x = self.run_block(block, x)
         return x
 
+    def own_pooling(self, features: Tensor) -> Tensor:
+        """[CLS], (B, D)."""
+        return features[:, 0]
+
+    def grid_of(self, features: Tensor, size: tuple[int, int]) -> tuple[int, int]:
+        """(h, w) of the patches of images of `size` = (H, W)."""
+        return self.patch_embed.grid(*size)
+
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, D)"""
-        tokens = self.forward_features(x)
-        pooled = tokens[:, 0] if self.mode == "official" else self.simpool(tokens)
-        return self.head(self.norm(pooled))
+        """(B, C, H, W) -> (B, num_features), or (B, num_classes)"""
+        return self.head(self.feature_of(self.forward_features(x), tuple(x.shape[-2:])))
+
+    def forward_dense(
+        self, x: Tensor, mask: Tensor | None = None, need_attention: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As PooledBackbone's; in official mode the attention is the last block's [CLS] row, the only one computed."""
+        if self.mode != "official":
+            return super().forward_dense(x, mask, need_attention)
+        x, attention = self.prepare_tokens(x, mask), None
+        for block in self.blocks[:-1]:
+            x = self.run_block(block, x)
+        if need_attention:
+            x, attention = self.run_block(self.blocks[-1], x, attention_rows=1)
+            attention = attention[:, :, 0, 1:]  # (B, heads, N)
+        else:
+            x = self.run_block(self.blocks[-1], x)
+        x = self.norm(x)
+        return x[:, 0], x[:, 1:], attention
 
     def get_last_selfattention(self, x: Tensor) -> Tensor:
         """Attention of the last block, (B, heads, T, T)."""
@@ -384,9 +433,17 @@ class VisionTransformer(PooledBackbone):
         return self.blocks[-1](x, return_attention=True)
 
     def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
-        """Tokens (B, T, D) of the last n blocks, each through the final norm, in the order of the blocks."""
+        """Tokens (B, T, D) of the last n blocks, each through the final norm, in the order of the blocks.
+
+        Raises ValueError if n is not 1 to the number of blocks, and if the final norm has another width (mode how).
+        """
         if not 1 <= n <= len(self.blocks):
             raise ValueError(f"this model has {len(self.blocks)} blocks, so n must be 1 to {len(self.blocks)}, not {n}")
+        if self.norm_width != self.embed_dim:
+            raise ValueError(
+                f'the tokens are {self.embed_dim} wide, and the final norm of mode "{self.mode}" is {self.norm_width}; '
+                'build the model with pool_position="after" to norm tokens'
+            )
         x = self.prepare_tokens(x)
         outputs = []
         for i, block in enumerate(self.blocks):
@@ -396,13 +453,11 @@ class VisionTransformer(PooledBackbone):
         return outputs
 
     def get_attention_map(self, x: Tensor) -> Tensor:
-        """The pooling's attention (B, heads, h, w): SimPool's map (one head), or the [CLS] row of the last block."""
-        grid = self.patch_embed.grid(*x.shape[-2:])
-        if self.mode == "simpool":
-            _, attention = self.simpool(self.forward_features(x), return_attention=True)  # (B, 1, N)
-        else:
-            attention = self.get_last_selfattention(x)[:, :, 0, 1:]  # (B, heads, N)
-        return attention.unflatten(-1, grid)
+        """The pooling's attention (B, heads, h, w): the operator's, or the [CLS] row of the last block."""
+        if self.mode != "official":
+            return super().get_attention_map(x)
+        attention = self.get_last_selfattention(x)[:, :, 0, 1:]  # (B, heads, N)
+        return attention.unflatten(-1, self.patch_embed.grid(*x.shape[-2:]))
 
 
 def _init_weights(module: nn.Module) -> None:

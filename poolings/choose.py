@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -58,16 +59,53 @@ def build_pooling(name: str, dim: int, gamma: float | None = None, **settings: A
         if name in PUBLISHED_NAMES:
             raise ValueError(f"unknown pooling {name!r}: it is called {PUBLISHED_NAMES[name]} here")
         raise ValueError(f"unknown pooling {name!r}{_near(name, POOLINGS)}; known are {', '.join(POOLINGS)}")
-    known = settings_of(name)
-    if "gamma" in known:
+    if "gamma" in settings_of(name):
         settings["gamma"] = gamma
     elif gamma is not None:
         raise ValueError(f"{name} has no gamma, got {gamma}; only simpool has one: leave it out")
+    check_settings(name, settings)
+    return POOLINGS[name](dim, **settings)
+
+
+def check_settings(name: str, settings: Iterable[str]) -> None:
+    """Raise ValueError, with near matches, for the name of a setting that the operator does not have."""
+    known = settings_of(name)
     for setting in settings:
         if setting not in known:
             listed = ", ".join(known) or "none"
             raise ValueError(f"{name} has no setting {setting!r}{_near(setting, known)}; it has {listed}")
-    return POOLINGS[name](dim, **settings)
+
+
+def read_settings(texts: Iterable[str]) -> dict[str, Any]:
+    """Settings from a command line: ["p=2.5", "learn=false"] -> {"p": 2.5, "learn": False}.
+
+    A value is none, true or false, a whole number, a number, a list of these with commas (map_size=7,7), or a word.
+    Raises ValueError for a text without `=` or a key that is there twice.
+    """
+    settings: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = str(text).partition("=")
+        if not equals or not key or not value:
+            raise ValueError(f"{text!r} is no setting of a pooling: write key=value, as in p=2.5")
+        if key in settings:
+            raise ValueError(f"{key} is set twice, to {settings[key]!r} and {value!r}; leave one out")
+        settings[key] = tuple(map(_value, value.split(","))) if "," in value else _value(value)
+    return settings
+
+
+_WORDS = {"none": None, "true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+def _value(text: str) -> bool | int | float | str | None:
+    """What a word of a command line means."""
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            pass
+    return text
 
 
 def settings_of(name: str) -> dict[str, Any]:

@@ -148,8 +148,8 @@ def test_no_name_reaches_the_network(arch):
 @pytest.mark.parametrize(
     ("arch", "settings", "message"),
     [
-        ("vit_tiny", {"mode": "gap"}, "unknown mode 'gap'"),
-        ("test_vit", {"mode": "gap"}, "unknown mode 'gap'"),
+        ("vit_tiny", {"mode": "gep"}, "unknown mode 'gep'"),
+        ("test_vit", {"mode": "gep"}, "unknown mode 'gep'"),
         ("vit_tiny", {"gamma": "big"}, "gamma 'big'"),
         ("vit_tiny", {"mode": "simpool", "gamma": -1.0}, "gamma .* -1.0"),
         ("vit_tiny", {"img_size": 30}, "30x30"),
@@ -183,3 +183,39 @@ def test_timm_models_refuse_masks():
     model = build_backbone("resnet10t", mode="simpool", img_size=64)
     with pytest.raises(ValueError, match=r"resnet10t takes no mask.*vit_small"):
         model.forward_features(torch.zeros(1, 3, 64, 64), torch.ones(1, 2, 2, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("mode", ["official", "simpool"])
+@pytest.mark.parametrize("arch", TIMM)
+def test_timm_dense_features(arch, mode):
+    """One pass gives forward's feature, the patches after the final norm, and SimPool's map; masks are refused."""
+    model, x = build_backbone(arch, mode, img_size=64).eval(), tensor(1, (2, 3, 64, 64))
+    pooled, patches, attention = model.forward_dense(x)
+    torch.testing.assert_close(pooled, model(x))
+    assert patches.shape == (2, 16 if TIMM[arch] == "tokens" else 4, patches.shape[-1])
+    assert (attention is None) == (mode == "official")
+    if mode == "simpool":
+        torch.testing.assert_close(attention, model.get_attention_map(x).flatten(2))
+    if "resnet" not in arch:  # no final norm
+        torch.testing.assert_close(patches.mean(-1), torch.zeros(patches.shape[:2]), atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="takes no mask"):
+        model.forward_dense(x, torch.ones(2, 4, 4, dtype=torch.bool))
+
+
+def test_timm_dense_features_are_those_before_the_classifier():
+    """A classifier does not change what forward_dense returns, in either mode."""
+    x = tensor(1, (1, 3, 64, 64))
+    for mode in ("official", "simpool"):
+        for arch in ("test_vit", "resnet10t"):
+            model = build_backbone(arch, mode, img_size=64, num_classes=5).eval()
+            assert model(x).shape == (1, 5)
+            assert model.forward_dense(x)[0].shape == (1, model.num_features)
+
+
+def test_masks_only_for_our_vits():
+    """masked_im_modeling reaches a ViT of ours; any other architecture refuses it by name."""
+    assert build_backbone("deit_tiny", masked_im_modeling=True).masked_embed.shape == (1, 192)
+    assert not hasattr(build_backbone("vit_tiny"), "masked_embed")
+    for arch in ("resnet18", "convnext_tiny", "test_vit"):
+        with pytest.raises(ValueError, match=f"{arch} takes no mask of patches.*vit_tiny, vit_small, vit_base"):
+            build_backbone(arch, masked_im_modeling=True)

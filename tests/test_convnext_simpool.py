@@ -94,8 +94,8 @@ def test_channels_last_gives_the_same():
 
 def test_wrong_input_is_named():
     """An unknown mode and an image without a single position are ValueErrors that show the value."""
-    with pytest.raises(ValueError, match="gap"):
-        small_convnext("gap")
+    with pytest.raises(ValueError, match="gep"):
+        small_convnext("gep")
     with pytest.raises(ValueError, match=r"31x64.*32x32"):
         small_convnext()(torch.zeros(1, 3, 31, 64))
 
@@ -104,3 +104,18 @@ def test_masks_are_refused():
     """A convolutional backbone does not mask patches; it says so instead of ignoring the mask."""
     with pytest.raises(ValueError, match="ConvNeXt takes no mask"):
         small_convnext().forward_features(tensor(1, (1, 3, 32, 32)), torch.ones(1, 2, 2, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("mode", ["official", "simpool"])
+def test_dense_features_are_those_of_the_separate_calls(mode):
+    """One pass gives forward's feature, the positions of the last map and SimPool's map; masks are refused."""
+    model, x = small_convnext(mode).eval(), tensor(1, (2, 3, 64, 96))
+    pooled, positions, attention = model.forward_dense(x)
+    assert torch.equal(pooled, model(x))
+    torch.testing.assert_close(positions, model.norm(model.forward_features(x).flatten(2).transpose(1, 2)))
+    assert (attention is None) == (mode == "official")
+    if mode == "simpool":
+        torch.testing.assert_close(attention, model.get_attention_map(x).flatten(2))
+    assert model.forward_dense(x, need_attention=False)[2] is None
+    with pytest.raises(ValueError, match="takes no mask"):
+        model.forward_dense(x, torch.ones(2, 2, 3, dtype=torch.bool))

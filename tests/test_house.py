@@ -13,19 +13,23 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = {
     "sp": 0, "torchfile": 0.1, "pretrained": 0.2, "runtime": 0.3,  # in this order
     "distill": 1, "optim": 1, "data": 1, "poolings": 1,
-    "pooled_backbone": 1.5, "vision_transformer": 2, "resnet_simpool": 2, "convnext_simpool": 2,
+    "pooled_backbone": 1.5, "vision_transformer": 2, "resnet_simpool": 2, "convnext_simpool": 2, "timm_backbone": 2,
     "backbones": 3,
     "evaluation": 4,
     "utils": 5, "training": 5,
-    "main_dino": 6, "eval_knn": 6, "eval_linear": 6, "eval_localization": 6, "eval_background": 6,
-    "visualize_attention": 6, "hubconf": 6, "tools": 6,
+    "main_dino": 6, "main_attmask": 6, "main_supervised": 6, "tools": 6,
+    "eval_knn": 6, "eval_linear": 6, "eval_localization": 6, "eval_background": 6, "visualize_attention": 6,
+    "hubconf": 6,
     "benchmarks": 7, "run_scripts": 7,
 }  # fmt: skip
-MODELS = ("vision_transformer", "resnet_simpool", "convnext_simpool")
+MODELS = ("vision_transformer", "resnet_simpool", "convnext_simpool", "timm_backbone")
 READING = ("pretrained", "torchfile.read", "torchfile.archive", "torchfile.plain_pickle")
-BACKBONE_FILES = ("sp", "pooled_backbone", *READING, *MODELS, "backbones", "distill.heads", "hubconf")
+OPERATORS = ("base", "choose", "clusters", "gates", "how", "otk", "shapes", "simple", "simpool", "slot", "tokens")
+POOLINGS = tuple(f"poolings.{name}" for name in OPERATORS)
+BACKBONE_FILES = ("sp", *POOLINGS, "pooled_backbone", *READING, *MODELS, "backbones", "distill.heads", "hubconf")
 PROGRAMS = (
-    "main_dino", "eval_knn", "eval_linear", "eval_localization", "eval_background", "visualize_attention", "hubconf",
+    "main_dino", "main_attmask", "main_supervised", "eval_knn", "eval_linear", "eval_localization", "eval_background",
+    "visualize_attention", "hubconf",
 )  # fmt: skip
 
 
@@ -95,7 +99,7 @@ def test_no_circles():
 def test_backbones_keep_to_themselves(name):
     """SimPool, the backbones and what reads their files reach for nothing but torch, timm, each other and the head."""
     for target in GRAPH[name]:
-        assert target in (*BACKBONE_FILES, "distill", "torchfile"), f"{name} imports {target}"
+        assert target in (*BACKBONE_FILES, "distill", "torchfile", "poolings"), f"{name} imports {target}"
 
 
 @pytest.mark.parametrize("name", [name for name in sorted(GRAPH) if name.split(".")[0] == "poolings"])

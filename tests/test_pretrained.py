@@ -123,3 +123,41 @@ def test_the_fit_is_checked_without_memory():
         outline = backbones.build_backbone("vit_base", img_size=16 * 4000)
     with pytest.raises(ValueError, match="does not fit the model"):
         pretrained.check_fit(outline, tiny(), Path("c.pth"))
+
+
+def attmask_checkpoint() -> dict:
+    """A file as AttMask's and iBOT's published code writes it: the student alone has masked_embed."""
+    student, teacher = tiny(mode="official", masked_im_modeling=True), tiny(mode="official")
+    head = {"head.last_layer.weight_g": torch.ones(8, 1), "head.last_layer2.weight_g": torch.ones(8, 1)}
+    return {
+        "student": {f"module.{name}": value for name, value in ({**_prefixed(student), **head}).items()},
+        "teacher": {**_prefixed(teacher), **head},
+        "epoch": 3,
+        "args": {"arch": "vit_small", "patch_size": 8, "num_heads": 2, "use_masked_im_modeling": True},
+        "ibot_loss": {"center": torch.zeros(1, 8), "center2": torch.zeros(1, 1, 8)},
+    }
+
+
+def _prefixed(state: dict) -> dict:
+    return {f"backbone.{name}": value for name, value in state.items()}
+
+
+@pytest.mark.parametrize("key", ["teacher", "student"])
+def test_a_checkpoint_of_a_masked_model(key):
+    """Its settings and weights are read; a model without masks leaves masked_embed out and says so."""
+    found = pretrained.interpret(attmask_checkpoint(), "c.pth", key)
+    assert (found.settings["mode"], found.settings["embed_dim"], found.unknown) == ("official", 24, ())
+    notes = pretrained.load_weights(backbones.build_backbone(**TINY), found.weights, "c.pth")
+    assert notes == ([] if key == "teacher" else ["not used by the backbone: masked_embed"])
+
+
+def test_masked_models_load_their_token_or_keep_their_own():
+    """A model with masked_embed loads it; from a file without one it keeps its own, with a note."""
+    content = attmask_checkpoint()
+    content["student"]["module.backbone.masked_embed"] += 1
+    for key, value, notes in (("student", 1, 0), ("teacher", 0, 1)):
+        model = backbones.build_backbone(**TINY, masked_im_modeling=True)
+        said = pretrained.load_weights(model, pretrained.interpret(content, "c.pth", key).weights, "c.pth")
+        assert (model.masked_embed == value).all()
+        assert [note for note in said if "has no masked_embed" in note] == said
+        assert len(said) == notes

@@ -208,7 +208,7 @@ def test_classifier():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"mode": "gap"}, {"pos_embed_policy": "near"}, {"num_heads": 5}, {"patch_size": 0}, {"img_size": 60}]
+    "settings", [{"mode": "gep"}, {"pos_embed_policy": "near"}, {"num_heads": 5}, {"patch_size": 0}, {"img_size": 60}]
 )
 def test_wrong_settings_are_named(settings):
     """A setting that cannot be honoured is a ValueError that shows its value."""
@@ -300,3 +300,58 @@ def test_masks_that_do_not_fit():
     for bad in (mask[:1], mask[:, :3], mask.float()):
         with pytest.raises(ValueError, match="does not fit 2 images of 16 patches"):
             model.forward_features(x, bad)
+
+
+@pytest.mark.parametrize("mode", ["official", "simpool"])
+def test_dense_features_are_those_of_the_separate_calls(mode):
+    """One pass gives forward's feature, the normed patches and the attention map; without the map the same features."""
+    model, x = small_vit(mode, masked_im_modeling=True).eval(), tensor(1, (2, 3, 32, 48))
+    pooled, patches, attention = model.forward_dense(x)
+    torch.testing.assert_close(pooled, model(x), rtol=0, atol=0)
+    torch.testing.assert_close(patches, model.norm(model.forward_features(x))[:, model.num_prefix_tokens :])
+    assert patches.shape == (2, 24, 48)
+    torch.testing.assert_close(attention, model.get_attention_map(x).flatten(2), rtol=1e-5, atol=1e-7)
+    plain = model.forward_dense(x, need_attention=False)
+    assert plain[2] is None
+    assert torch.equal(plain[0], pooled)
+    assert torch.equal(plain[1], patches)
+
+    mask = tensor(2, (2, 4, 6)) > 0
+    masked_pooled, masked_patches, _ = model.forward_dense(x, mask)
+    normed = model.norm(model.forward_features(x, mask))[:, model.num_prefix_tokens :]
+    torch.testing.assert_close(masked_patches, normed)
+    assert not torch.allclose(masked_pooled, pooled)
+
+
+@pytest.mark.parametrize("mode", ["official", "simpool"])
+def test_dense_features_compute_each_layer_once(mode):
+    """No block, and in no block the queries, keys and values, are computed twice for the map's sake."""
+    model, calls = small_vit(mode), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda *_: calls.append("block"))
+        block.attn.qkv.register_forward_hook(lambda *_: calls.append("qkv"))
+    model.forward_dense(tensor(1, (1, 3, 32, 32)))
+    assert sorted(calls) == ["block"] * len(model.blocks) + ["qkv"] * len(model.blocks)
+
+
+@pytest.mark.parametrize("mode", ["official", "simpool"])
+def test_dense_features_with_checkpointed_blocks(mode):
+    """Recomputing the blocks in backward changes no gradient, those through the attention included."""
+    x, grads = tensor(1, (2, 3, 32, 32)), []
+    for checkpointed in (False, True):
+        model = small_vit(mode)
+        model.set_grad_checkpointing(checkpointed)
+        pooled, patches, attention = model.forward_dense(x)
+        (pooled.square().sum() + patches.sin().sum() + attention.square().sum()).backward()
+        grads.append([p.grad for p in model.blocks.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
+
+
+def test_dense_features_never_hold_a_whole_attention_of_an_inference(monkeypatch):
+    """For long sequences without gradients the fused kernel runs in every block, and one row is computed beside it."""
+    model, x, shapes = small_vit(), tensor(1, (1, 3, 192, 192)), []  # 577 tokens
+    explicit = vits.attention_weights
+    monkeypatch.setattr(vits, "attention_weights", lambda *a: shapes.append(explicit(*a).shape) or explicit(*a))
+    with torch.no_grad():
+        model.forward_dense(x)
+    assert shapes == [(1, 3, 1, 577)]
