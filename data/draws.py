@@ -17,7 +17,7 @@ import torch
 from runtime.guards import InputError
 
 # Purposes: two uses of the same (seed, epoch, index) must not see the same numbers.
-ORDER, CROPS, SUBSTITUTE, DEMO, SPLIT, TRANSFORM = 1, 2, 3, 4, 5, 6
+ORDER, CROPS, SUBSTITUTE, DEMO, SPLIT, TRANSFORM, MASKS, MASK_RATIO = 1, 2, 3, 4, 5, 6, 7, 8
 
 SEEDS = 2**63  # seeds are 0 .. SEEDS - 1; beyond, numpy would turn the key into a float and different seeds collide
 

@@ -248,14 +248,15 @@ def _curves(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> str
 
 
 def _pictures(folder: Path, problems: list[str]) -> str:
-    """Attention grids, and the sweeps' plots of the folder and those below it."""
-    paths = [*sorted(folder.glob("attention*.png")), *sorted(folder.glob("**/attention/grid.png"))[:4]]
+    """Attention grids and masks of the folder and those below it."""
+    paths = [*sorted(folder.glob("attention*.png")), *sorted(folder.glob("masks.png"))]
+    paths += [path for name in ("grid", "masks") for path in sorted(folder.glob(f"**/attention/{name}.png"))[:4]]
     parts = []
     for path in paths[:8]:
         try:
             if path.stat().st_size <= _LARGEST_PICTURE and path.is_file():
                 parts.append(
-                    f"<h3>{page.text(path.relative_to(folder))}</h3>" + page.wide(path.read_bytes(), "attention")
+                    f"<h3>{page.text(path.relative_to(folder))}</h3>" + page.wide(path.read_bytes(), path.stem)
                 )
         except OSError as error:
             problems.append(f"{path} can't be read: {error.strerror or error}")

@@ -25,6 +25,11 @@ EXPECTED = {
     "convnext_small_official": {"arch": "convnext_small", "mode": "official", "global_batch_size": "480"},
     "convnext_small_simpool": {"arch": "convnext_small", "mode": "simpool", "clip_grad": "0.3", "lr": "0.001"},
     "convnext_small_simpool_no_gamma": {"arch": "convnext_small", "gamma": "None", "drop_path_rate": "0.4"},
+    "attmask_vit_small_hint": {"pred_shape": "attmask_hint", "global_batch_size": "240", "out_dim": "8192"},
+    "attmask_vit_small_high": {"pred_shape": "attmask_high", "teacher_temp": "0.07", "shared_head": "True"},
+    "attmask_vit_small_high_300ep": {"pred_shape": "attmask_high", "epochs": "300", "global_batch_size": "800"},
+    "attmask_vit_small_imagenet20": {"momentum_teacher": "0.99", "local_crops_number": "6", "subset": "260"},
+    "attmask_ibot": {"pred_shape": "block", "local_crops_number": "10"},
 }
 
 

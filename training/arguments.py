@@ -81,7 +81,7 @@ def resolve(args: argparse.Namespace, method: Method, sources: dict[str, str] | 
     with input_errors():
         name, values = recipes.find(method.name, args.arch, _recipe(args, method, asked))
     for key, value in values.items():
-        if getattr(args, key, None) is None or (asked and name == "demo" and sources.get(key) == "default"):
+        if getattr(args, key, None) is None or (asked and sources.get(key) == "default"):
             setattr(args, key, value)
             sources[key] = f"recipe {name}"
     if recipes.is_demo(args.data_path) and sources["output_dir"] == "default" and asked:

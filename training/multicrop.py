@@ -54,5 +54,6 @@ def crop_spec(args: argparse.Namespace) -> CropSpec:
         global_scale=tuple(args.global_crops_scale),
         local_scale=tuple(args.local_crops_scale),
         local_number=args.local_crops_number,
+        global_number=getattr(args, "global_crops_number", 2),
         in_chans=args.in_chans,
     )

@@ -11,6 +11,7 @@ import argparse
 from typing import Any
 
 from backbones import family
+from training import recipes_attmask
 
 _SIMPOOL_VIT = {
     "batch_size_per_gpu": 100,
@@ -210,6 +211,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "dino": _DINO,
         "demo": _DEMO,
     },
+    "attmask": recipes_attmask.RECIPES,
     "supervised": {
         "vit": _SUPERVISED_VIT,
         "resnet": _SUPERVISED_RESNET,
@@ -229,6 +231,8 @@ def find(method: str, arch: str, recipe: str = "auto") -> tuple[str, dict[str, A
     known = RECIPES.get(method, {})
     if recipe == "auto" and not known:
         return "none", {}
+    if recipe == "auto" and "published" in known:
+        recipe = "published"
     name = recipe
     if recipe in ("auto", "simpool", "official"):
         named = [family(arch)] if recipe == "official" else [f"simpool_{family(arch)}", family(arch)]
