@@ -52,10 +52,9 @@ def parse(program: str, method: Method, doc: str, argv: list[str] | None) -> arg
                 setattr(args, key, value)
                 sources[key] = "config"
     if args.init_from:
-        for key, value in initial_settings(args.init_from).items():
-            if key not in sources:
-                setattr(args, key, value)
-                sources[key] = "init_from"
+        for key, value in initial_settings(args.init_from, sources.keys()).items():
+            setattr(args, key, value)
+            sources[key] = "init_from"
     return resolve(args, method, sources)
 
 

@@ -161,7 +161,7 @@ class Loop:
                     if results is None:
                         return False
                     row |= results
-                    self.judge(row)
+                    self.judge(row, finished)
             if is_main_process():
                 out.log.append(row)
             if args.report and self.watch is not None and due:
@@ -176,11 +176,14 @@ class Loop:
             self.is_best = False
         return self.finish(done=True)
 
-    def judge(self, row: dict[str, Any]) -> None:
-        """Compare an epoch's score with the best so far, if the best checkpoint is to be kept."""
+    def judge(self, row: dict[str, Any], finished: bool) -> None:
+        """Compare an epoch's score with the best so far, if the best checkpoint is to be kept.
+
+        The score of an epoch that --max_steps ends early is not remembered: a longer run repeats its evaluation.
+        """
         score = self.watch.score(row) if self.run.args.keep_best else None
-        if score is not None and (self.best is None or score > self.best):
-            self.best, self.is_best = score, True
+        if score is not None and (self.best is None or (finished and score > self.best)):
+            self.best, self.is_best = score if finished else None, True
 
     def monitor(self) -> dict[str, float]:
         """The watch's monitors, also written to TensorBoard, with their warning."""
