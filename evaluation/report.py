@@ -65,6 +65,7 @@ def write_report(output_dir: str | Path, state: str | None = None, changed: Sequ
         raise ValueError(f"state {state!r}: one of {', '.join(STATES)}")
     problems: list[str] = []
     rows = _log(folder / "log.txt", problems)
+    untrained = _untrained(folder / "untrained.json", problems)
     config = _config(folder / "config.json", problems)
     evaluations = find_evaluations(folder)
     problems += [e.problem for e in evaluations if e.problem]
@@ -75,7 +76,7 @@ def write_report(output_dir: str | Path, state: str | None = None, changed: Sequ
     sections = [
         page.heading(_title(config, good, folder), state if is_run else None, facts),
         page.section("Results", _results(rows, good)),
-        page.section("Training", _curves(rows, config) if is_run else ""),
+        page.section("Training", _curves([*untrained, *rows], config) if is_run else ""),
         page.section("Attention", _pictures(folder, problems)),
         page.section("Settings that are not the defaults" if changed is not None else "Main settings",
                      _settings(config, changed if changed is not None else MAIN_SETTINGS)),
@@ -112,6 +113,16 @@ def last_sign_of_life(folder: Path) -> float | None:
         except OSError:
             continue
     return max(times, default=None)
+
+
+def _untrained(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """The evaluation before the first epoch, as a row of the log; none without the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, ValueError, RecursionError) as error:
+        problems.append(f"{path.name} can't be read: {error}")
+        return []
+    return [{**content, "epoch": -1}] if isinstance(content, dict) else []
 
 
 def _facts(

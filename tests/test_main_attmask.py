@@ -288,6 +288,14 @@ RUN = ["--epochs", 3, "--subset", 24, "--eval_every", 1, "--nb_knn", 5, "--pred_
        "--pred_ratio_var", 0.2, "--show_max", 0.3, "--pred_start_epoch", 1]  # fmt: skip
 
 
+def test_the_page_of_a_run_shows_its_masks(small, tmp_path):
+    """A finished run draws masks.png, and its page holds it."""
+    flags = [*ATTMASK, "--data_path", small, "--epochs", 1, "--eval_every", 0, "--report", "true"]
+    assert run_attmask(*flags, "--output_dir", tmp_path) == 0
+    assert (tmp_path / "masks.png").stat().st_size > 1000
+    assert "<h3>masks.png</h3>" in (tmp_path / "report.html").read_text()
+
+
 def test_every_third_step_can_be_continued(small, tmp_path):
     """A run from the save of a step ends bit for bit as the whole one, whatever the number of loader workers."""
     flags = [*ATTMASK, *RUN, "--data_path", small, "--drop_path_rate", 0.1]
