@@ -54,6 +54,11 @@ def family(arch: str) -> str:
     return "vit"
 
 
+def is_own_vit(arch: str) -> bool:
+    """Whether the name is one of our vision transformers, or of their aliases."""
+    return ALIASES.get(arch, arch) in FAMILIES["vit"]
+
+
 def available() -> list[str]:
     """Names of our own models, without aliases or timm's names."""
     return [name for models in FAMILIES.values() for name in models]

@@ -54,12 +54,12 @@ def train_step(run: Run, batches: list[CropBatch], step: int, wishes: Wishes = N
     stop, save).
     """
     epoch, means = run.begin(step), Means()
-    for crops, last in run.micro_batches(batches):  # [(2B, C, S, S), (nB, C, s, s)]
-        with run.exchange_gradients(last):
+    for batch in run.micro_batches(batches):  # crops [(2B, C, S, S), (nB, C, s, s)]
+        with run.exchange_gradients(batch.last):
             with run.hardware.autocast():
                 with torch.no_grad():
-                    teacher_output = run.teacher(crops[:1])  # (2B, K)
-                student_output = run.student(crops)  # (V·B, K)
+                    teacher_output = run.teacher(batch.crops[:1])  # (2B, K)
+                student_output = run.student(batch.crops)  # (V·B, K)
             loss, entropy, kl, teacher_sum = run.loss.step_terms(student_output, teacher_output, epoch)
             run.backward(loss, len(batches))
         means.add(loss=loss, entropy=entropy, kl=kl, center=teacher_sum)

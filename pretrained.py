@@ -95,7 +95,8 @@ def find_backbone(
     """The backbone's weights under the names of our models, and notes.
 
     `checkpoint_key` chooses between `teacher` and `student`; a file of one backbone alone leaves no choice, and a
-    training without a teacher is read by its student. Raises ValueError if the key is absent (the message lists those
+    training without a teacher is read by its student. BatchNorms of augmentation splits (`aux_bn`), which count only
+    while training, are left out. Raises ValueError if the key is absent (the message lists those
     that are there) or there are no weights.
     """
     state, notes = _state_dict(content, checkpoint_key, path)
@@ -104,7 +105,7 @@ def find_backbone(
         weights = {
             name.removeprefix("backbone."): value for name, value in weights.items() if name.startswith("backbone.")
         }
-    return {_current_name(name): value for name, value in weights.items()}, notes
+    return {_current_name(name): value for name, value in weights.items() if ".aux_bn." not in name}, notes
 
 
 def without_prefix(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -8,8 +8,8 @@ Works for every model with an attention map: SimPool or another attentive poolin
 of an official ViT. Maps show attention as a multiple of uniform attention, all on one scale, so that models and images
 can be compared; --untrained adds the same network with random weights. Writes to attention/ in the (first) checkpoint's
 folder, or to --output_dir: grid.png, and for each image and model its map, overlay, mask (with --threshold) and, for
-several heads, each head's map. `--data_path demo` shows the photographs that the built-in patches are cut from. The
-flags of DINO's program keep their names.
+several heads, each head's map; --masks adds masks.png, what AttMask and others would hide of the images. `--data_path
+demo` shows the photographs that the built-in patches are cut from. The flags of DINO's program keep their names.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from data.decode import BadImage
 from data.source import ImageSource, PackedStrings
 from evaluation import attention, examples, film, options, records
 from evaluation.attention_figure import figure_of_maps, save_png
+from evaluation.mask_figure import mask_figure
 from evaluation.models import LoadedModel, load_checkpoint_model
 from runtime.cli import add_flag, parse_program
 from runtime.distributed import choose_device
@@ -55,6 +56,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_flag(group, "--interpolation", choices=("bicubic", "nearest"), default="bicubic", help="how maps are enlarged")
     add_flag(group, "--normalize", choices=("common", "image"), default="common",
              help="common: attention / uniform, one scale for all; image: each map by its own range")  # fmt: skip
+    add_flag(group, "--masks", action="store_true",
+             help="also what masked image modelling hides: blocks, random patches, AttMask's choices")  # fmt: skip
+    add_flag(group, "--mask_ratio", type=float, default=0.3, help="part of the patches that those masks hide")
+    add_flag(group, "--show_max", type=float, default=0.1,
+             help="AttMask-Hint reveals hints among this part of the patches")  # fmt: skip
     add_flag(group, "--untrained", action="store_true", help="also show the first model with random weights")
     add_flag(group, "--titles", nargs="+", default=None, help="names of the models in the grid, one per checkpoint")
     add_flag(group, "--video", action="store_true", help="treat the images as frames: overlays in order, and a GIF")
@@ -74,8 +80,15 @@ def main(argv: list[str] | None = None) -> int:
         options.check_positive(args, "num_images")
     if not 0 < args.fps <= film.MOST_FPS:
         raise InputError(f"--fps {args.fps:g}: give a number above 0, and at most {film.MOST_FPS:g}")
+    if args.masks and args.video:
+        raise InputError("--masks --video: masks are drawn of single images; leave one of them out")
     if args.threshold is not None and not 0 < args.threshold <= 1:
         raise InputError(f"--threshold {args.threshold}: give the part of the attention to keep, above 0, at most 1")
+    if args.masks and not (0 < args.mask_ratio <= 1 and 0 < args.show_max < 1):
+        raise InputError(
+            f"--mask_ratio {args.mask_ratio:g} --show_max {args.show_max:g}: give the part to hide, above 0 and at "
+            "most 1, and the part that holds the hints, between 0 and 1"
+        )
     first = Path(args.pretrained_weights[0]).parent if args.pretrained_weights else Path(".")
     folder = records.output_folder(args.output_dir or first / "attention", None)
     models = load_models(args)
@@ -229,6 +242,10 @@ def write_stills(
         normalize=args.normalize,
     )  # fmt: skip
     say(f"{len(images)} image(s), {len(models)} model(s): single pictures in {folder}, all together in {path}")
+    if args.masks:
+        for title, loaded in models.items():
+            name = "masks.png" if len(models) == 1 else f"{slug(title)}-masks.png"
+            say(f"masks: {mask_figure(loaded.model, images, folder / name, args.mask_ratio, args.show_max, args.seed)}")
 
 
 def write_video(

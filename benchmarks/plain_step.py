@@ -37,7 +37,7 @@ class PlainAttention(nn.Module):
         self.num_heads, self.scale = attention.num_heads, attention.scale
         self.qkv, self.proj = attention.qkv, attention.proj
 
-    def forward(self, x: Tensor, need_attention: bool = False) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, need_attention: bool = False, attention_rows: int = 0) -> tuple[Tensor, Tensor]:
         batch, tokens, width = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (3, B, heads, T, d)
         weights = ((qkv[0] @ qkv[1].transpose(-2, -1)) * self.scale).softmax(dim=-1)

@@ -60,6 +60,7 @@ class CropSpec:
     global_scale: tuple[float, float] = (0.25, 1.0)
     local_scale: tuple[float, float] = (0.05, 0.25)
     local_number: int = 6
+    global_number: int = 2
     in_chans: int = 3
     flip: float = 0.5
     jitter: float = 0.8
@@ -78,6 +79,8 @@ class CropSpec:
         for flag, value in (("--img_size", self.global_size), ("--local_crops_size", self.local_size)):
             if value < 1:
                 raise InputError(f"{flag} {value}: the side of a crop must be at least 1 pixel")
+        if self.global_number not in (1, 2):
+            raise InputError(f"--global_crops_number {self.global_number}: give 1 or 2")
         if self.local_number < 0:
             raise InputError(f"--local_crops_number {self.local_number}: give 0 or more")
         if self.in_chans < 1:
@@ -85,8 +88,9 @@ class CropSpec:
 
     @property
     def resolutions(self) -> list[tuple[int, int]]:
-        """(views, side) of each resolution: the two global crops, then the local ones, if any."""
-        return [(2, self.global_size)] + ([(self.local_number, self.local_size)] if self.local_number else [])
+        """(views, side) of each resolution: the global crops, then the local ones, if any."""
+        local = [(self.local_number, self.local_size)] if self.local_number else []
+        return [(self.global_number, self.global_size), *local]
 
     def left_out(self) -> str | None:
         """The colour operations that make no sense for this number of channels, as a message, or None."""
@@ -114,7 +118,7 @@ class MultiCrop:
 
     def __init__(self, spec: CropSpec):
         self.spec = spec
-        self.views = 2 + spec.local_number
+        self.views = spec.global_number + spec.local_number
 
     def draws(self, seed: int, epoch: int, index: int) -> np.ndarray:
         """All random numbers of one image, (V, draws) float64, global crops first."""
@@ -123,7 +127,7 @@ class MultiCrop:
     def cut(self, picture: Picture, draws: np.ndarray, out: Sequence[torch.Tensor]) -> None:
         """Cut all crops into `out`, V uint8 tensors (C, S, S), global ones first."""
         spec = self.spec
-        scales = [spec.global_scale] * 2 + [spec.local_scale] * spec.local_number
+        scales = [spec.global_scale] * spec.global_number + [spec.local_scale] * spec.local_number
         rows = draws[:, :_BOX_DRAWS].tolist()
         boxes = [crop_box(row, scale, picture.height, picture.width) for row, scale in zip(rows, scales, strict=True)]
         pixels = picture.pixels(_shrink_for(boxes, out))
@@ -218,7 +222,8 @@ def colour_parameters(draws: np.ndarray, spec: CropSpec) -> list[torch.Tensor]:
     out (see `CropSpec.left_out`) are drawn as their identity.
     """
     u = draws[:, :, _BOX_DRAWS:].transpose(1, 0, 2)  # (V, B, 13)
-    kind = np.minimum(np.arange(u.shape[0]), 2)[:, None]  # first global, second global, local
+    views = np.arange(u.shape[0])
+    kind = np.where(views < spec.global_number, views, 2)[:, None]  # first global, second global, local
     rgb = spec.in_chans == 3
     out = np.zeros((*u.shape[:2], P), dtype=np.float32)
     jitter = u[..., 0] < spec.jitter
@@ -234,7 +239,7 @@ def colour_parameters(draws: np.ndarray, spec: CropSpec) -> list[torch.Tensor]:
     if not rgb:
         out[..., SATURATION], out[..., HUE], out[..., GRAY] = 1.0, 0.0, 0.0
     stacked = torch.from_numpy(out)
-    return [stacked[:2], stacked[2:]] if u.shape[0] > 2 else [stacked]
+    return list(stacked.split([views for views, _ in spec.resolutions]))
 
 
 # ---- on the device

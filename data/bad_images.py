@@ -33,7 +33,7 @@ class BadImages:
         """Record one batch, and name each bad file the first time."""
         if not bool(batch.bad.any()):
             return
-        bad = batch.index[batch.bad].tolist()
+        bad = (batch.index[batch.bad] % len(self.source)).tolist()  # repeated augmentation counts on
         self._in_epoch += len(bad)
         self._known.update(bad)
         self._name(bad)

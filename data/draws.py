@@ -7,12 +7,17 @@ where a resumed run starts. Philox is counter-based: a draw costs a few microsec
 
 from __future__ import annotations
 
+import contextlib
+import random
+from collections.abc import Iterator
+
 import numpy as np
+import torch
 
 from runtime.guards import InputError
 
 # Purposes: two uses of the same (seed, epoch, index) must not see the same numbers.
-ORDER, CROPS, SUBSTITUTE, DEMO, SPLIT = 1, 2, 3, 4, 5
+ORDER, CROPS, SUBSTITUTE, DEMO, SPLIT, TRANSFORM, MASKS, MASK_RATIO = 1, 2, 3, 4, 5, 6, 7, 8
 
 SEEDS = 2**63  # seeds are 0 .. SEEDS - 1; beyond, numpy would turn the key into a float and different seeds collide
 
@@ -38,3 +43,26 @@ def uniforms(count: int, seed: int, purpose: int, epoch: int = 0, index: int = 0
 def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
     """A random order of range(count), int64. Sorting raw words keeps it the same under every version of numpy."""
     return np.argsort(raw_words(count, seed, ORDER, epoch), kind="stable")
+
+
+# ---- other people's code, which draws from the process's generators
+
+
+def seed_generators(seed: int, purpose: int, epoch: int = 0, index: int = 0) -> None:
+    """Seed `random`, numpy and torch on the CPU for this seed, purpose, epoch and index."""
+    words = raw_words(3, seed, purpose, epoch, index)
+    random.seed(int(words[0]))
+    np.random.seed(words[1:2].view(np.uint32))
+    torch.default_generator.manual_seed(int(words[2] >> np.uint64(1)))
+
+
+@contextlib.contextmanager
+def generators_restored() -> Iterator[None]:
+    """Afterwards `random`, numpy and torch on the CPU continue as if nothing had been drawn inside."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from data.colour import IMAGENET_MEAN, IMAGENET_STD
 from data.eval_set import EvalSet
 from data.sampler import TrainSampler
 from data.source import ImageSource
-from data.train_set import CropBatch, TrainSet
+from data.train_set import TrainSet
 from runtime.guards import InputError, RunStopped
 
 
@@ -45,8 +45,8 @@ def build_train_loader(
     return build_loader(TrainSet(source, spec, seed, on_bad_image), sampler, num_workers, pin_memory, prefetch_factor)
 
 
-def ahead_on_device(batches: Iterable[CropBatch], device: torch.device) -> Iterator[CropBatch]:
-    """The batches with their crops on `device`; on CUDA each travels while the step before it computes.
+def ahead_on_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
+    """The batches, moved to `device` by their `to`; on CUDA each travels while the step before it computes.
 
     The copy runs in its own stream, from pinned memory (`pin_memory` of `build_train_loader`).
     """
@@ -62,8 +62,9 @@ def ahead_on_device(batches: Iterable[CropBatch], device: torch.device) -> Itera
             yield waiting
         current = torch.cuda.current_stream(device)
         current.wait_stream(stream)  # the step after this one waits for its crops, and only for them
-        for crops in moved.crops:
-            crops.record_stream(current)
+        for tensor in _tensors(moved):
+            if tensor.is_cuda:
+                tensor.record_stream(current)
         waiting = moved
     if waiting is not None:
         yield waiting
@@ -234,11 +235,17 @@ class _Answering(Dataset):
 
 def _share(batch) -> None:
     """Move tensors into shared memory here: in the queue's own thread a failure would leave the reader waiting."""
+    for tensor in _tensors(batch):
+        tensor.share_memory_()
+
+
+def _tensors(batch) -> Iterator[torch.Tensor]:
+    """The tensors of a batch: itself, or those in (named) tuples and lists."""
     if isinstance(batch, torch.Tensor):
-        batch.share_memory_()
+        yield batch
     elif isinstance(batch, (tuple, list)):
         for part in batch:
-            _share(part)
+            yield from _tensors(part)
 
 
 def _as_it_is(batch):

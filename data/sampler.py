@@ -22,17 +22,22 @@ class TrainSampler:
     Iterating gives the micro-batches of one epoch, lists of `batch_size` pairs, from the position set by
     `set_position`; the iteration after that starts the next epoch unless a position is set again. The images that
     do not fill a last step are left out of the epoch.
+
+    repeats: above 1, a step holds fewer images, each that often (repeated augmentation); the n-th repetition of image i
+    has the index i + n * num_samples. An epoch has as many steps as without, so it shows a part of the images only.
     """
 
     def __init__(
-        self, num_samples: int, batch_size: int, accum: int = 1, seed: int = 0, rank: int = 0, world_size: int = 1
-    ):
-        for name, value in (("batch size", batch_size), ("number of micro-batches", accum), ("world size", world_size)):
+        self, num_samples: int, batch_size: int, accum: int = 1, seed: int = 0, rank: int = 0, world_size: int = 1,
+        repeats: int = 1,
+    ):  # fmt: skip
+        counts = {"batch size": batch_size, "number of micro-batches": accum, "world size": world_size}
+        for name, value in (counts | {"number of repetitions": repeats}).items():
             if value < 1:
                 raise InputError(f"the {name} must be at least 1, not {value}")
         if not 0 <= rank < world_size:
             raise InputError(f"rank {rank} is not one of the {world_size} ranks 0..{world_size - 1}")
-        self.num_samples, self.batch_size, self.accum = num_samples, batch_size, accum
+        self.num_samples, self.batch_size, self.accum, self.repeats = num_samples, batch_size, accum, repeats
         self.seed, self.rank, self.world_size = check_seed(seed), rank, world_size
         self.global_batch = batch_size * accum * world_size
         self.steps_per_epoch = num_samples // self.global_batch
@@ -60,10 +65,13 @@ class TrainSampler:
         self.epoch, self.step = epoch + 1, 0
         order = permutation(self.num_samples, self.seed, epoch)
         per_rank = self.batch_size * self.accum
+        different = -(-self.global_batch // self.repeats)  # images in a step
+        repetition, place = np.divmod(np.arange(self.global_batch), different)
         for step in range(first_step, self.steps_per_epoch):
-            start = step * self.global_batch + self.rank * per_rank
+            indices = order[step * different + place] + repetition * self.num_samples
+            start = self.rank * per_rank
             for micro in range(start, start + per_rank, self.batch_size):
-                yield [(epoch, int(i)) for i in order[micro : micro + self.batch_size]]
+                yield [(epoch, int(i)) for i in indices[micro : micro + self.batch_size]]
 
 
 def shard_for_eval(count: int, rank: int, world_size: int) -> np.ndarray:

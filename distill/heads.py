@@ -141,17 +141,26 @@ class iBOTHead(DINOHead):
         super().__init__(
             in_dim, out_dim, norm == "bn", norm_last_layer, nlayers, hidden_dim, bottleneck_dim, ACTIVATIONS[act]
         )
-        self.shared_head = shared_head
+        self.shared_head, self.has_batchnorm = shared_head, norm == "bn"
         self.last_layer2 = self.last_layer
         if not shared_head:
             trained = self.last_layer.weight_g.requires_grad
             self.last_layer2 = WeightNormLinear(bottleneck_dim, patch_out_dim, train_scale=trained)
 
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, patches: Tensor | None = None, chosen: Tensor | None = None, all_patches: bool = False
+    ) -> Tensor | tuple[Tensor, ...]:
         """[CLS] alone (B, D) -> (B, K); with patches (B, 1 + P, D) -> (B, K) and (B, P, K2).
+
+        A training step gives the patches apart, (G, P, D), with the int64 indices (M,) into their G·P rows whose logits
+        it wants, and gets (B, K) and (M, K2). With `all_patches` also the logits' mean over the P patches, summed over
+        the G crops, (K2,) in float32: what `center2` is updated with. Logits are linear in the bottleneck, so the
+        mean of the bottlenecks gives it without the G·P rows of logits.
 
         Raises ValueError for any other number of dimensions.
         """
+        if patches is not None:
+            return self._with_chosen(x, patches, chosen, all_patches)
         if x.ndim == 2:
             return super().forward(x)
         if x.ndim != 3:
@@ -159,6 +168,17 @@ class iBOTHead(DINOHead):
         # BatchNorm takes rows.
         x = self.bottleneck(x.flatten(0, 1)).unflatten(0, x.shape[:2])
         return self.last_layer(x[:, 0]), self.last_layer2(x[:, 1:])
+
+    def _with_chosen(self, x: Tensor, patches: Tensor, chosen: Tensor, all_patches: bool) -> tuple[Tensor, ...]:
+        rows = patches.flatten(0, 1)
+        every = all_patches or self.has_batchnorm  # whose statistics are those of all rows
+        rows = self.bottleneck(torch.cat((x, rows if every else rows.index_select(0, chosen))))
+        cls, rows = rows.split([len(x), len(rows) - len(x)])
+        logits = self.last_layer(cls), self.last_layer2(rows.index_select(0, chosen) if every else rows)
+        if not all_patches:
+            return logits
+        with torch.autocast(x.device.type, enabled=False):
+            return *logits, self.last_layer2(rows.unflatten(0, patches.shape[:2]).mean(dim=1).sum(dim=0))
 
 
 def _mlp(

@@ -21,7 +21,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distill.fused_loss import in_place_dino_loss
 from distill.losses import teacher_probabilities, teacher_temp_schedule
+from distill.masked_rows import weighted_cross_entropy
 from runtime.distributed import get_world_size
 
 
@@ -175,6 +177,40 @@ class iBOTLoss(nn.Module):
 
         cls, patch = self.lambda1 * cls, self.lambda2 * patch / self.ngcrops
         return {"loss": cls + patch, "cls": cls, "patch": patch}
+
+    def step_terms(
+        self,
+        student_cls: Tensor,
+        student_patch: Tensor,
+        teacher_cls: Tensor,
+        teacher_patch: Tensor,
+        weights: Tensor,
+        epoch: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, cls, patch) as `terms` gives them, for a training step: from the logits of masked patches only.
+
+        The gradients overwrite the student's logits, which must not be read afterwards. The centers are not updated.
+
+        Args:
+            student_cls, teacher_cls: (V·B, K), global views first, and (G·B, K).
+            student_patch, teacher_patch: (M, K2), the same M patches of both.
+            weights: (M,), of each patch: 1 / (G·B · masked patches of its view); 0 for one that is not masked.
+        """
+        temp, temp2 = self.teacher_temps(epoch)
+        views = self.ngcrops + self.nlcrops
+        if self.ngcrops == 2:
+            cls, *_ = in_place_dino_loss(student_cls, teacher_cls, self.center, temp, self.student_temp, views)
+        else:
+            targets = teacher_probabilities(teacher_cls, self.center, temp)
+            cls = cross_entropy_between_views(student_cls, targets, views, self.student_temp)
+        patch = weighted_cross_entropy(student_patch, teacher_patch, self.center2, weights, temp2, self.student_temp)
+        cls, patch = self.lambda1 * cls, self.lambda2 * patch
+        return cls + patch, cls, patch
+
+    @torch.no_grad()
+    def probabilities(self, teacher_cls: Tensor, epoch: int) -> Tensor:
+        """The teacher's centered and sharpened [CLS] probabilities, (B, K) -> (B, K), for the collapse monitors."""
+        return teacher_probabilities(teacher_cls, self.center, self.teacher_temps(epoch)[0])
 
     @torch.no_grad()
     def center_sums(self, teacher_cls: Tensor, teacher_patch: Tensor) -> tuple[Tensor, Tensor]:

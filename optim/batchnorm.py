@@ -1,4 +1,4 @@
-"""BatchNorm's running statistics, restored after a step that turns out not to be finite."""
+"""BatchNorm: its running statistics, restored after a step that is not finite, and its splits."""
 
 from __future__ import annotations
 
@@ -36,3 +36,21 @@ class RunningStatistics:
 def has_batchnorms(model: nn.Module) -> bool:
     """Whether any module normalises over the batch."""
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+def split_batchnorm(model: nn.Module, splits: int) -> nn.Module:
+    """The model with timm's SplitBatchNorm: each of `splits` parts of a batch has its own BatchNorm while training.
+
+    The first part's is the layer itself, which alone counts in eval mode; the others' lie in `aux_bn`.
+    Raises ValueError if the model has no BatchNorm.
+    """
+    from timm.layers import convert_splitbn_model
+
+    if not has_batchnorms(model):
+        raise ValueError("the model has no BatchNorm to split")
+    return convert_splitbn_model(model, splits)
+
+
+def has_split_batchnorms(model: nn.Module) -> bool:
+    """Whether `split_batchnorm` has been applied."""
+    return any(name.endswith("aux_bn") for name, _ in model.named_modules())

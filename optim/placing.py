@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from optim import sharding
-from optim.batchnorm import has_batchnorms
+from optim.batchnorm import has_batchnorms, has_split_batchnorms
 from runtime import hardware
 from runtime.distributed import get_world_size
 
@@ -15,10 +15,12 @@ def place(model: nn.Module, choice: hardware.Choice, fsdp: bool) -> nn.Module:
     """Move a model to its device, with BatchNorm over all processes if the device supports it, sharded if asked."""
     device = choice.device
     if get_world_size() > 1 and has_batchnorms(model):
-        if device.type == "cuda":
+        split = has_split_batchnorms(model)
+        if device.type == "cuda" and not split:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         else:
-            note = f"note: BatchNorm sees each process's own batch; SyncBatchNorm needs CUDA, not {device.type}"
+            why = "it is split" if split else f"SyncBatchNorm needs CUDA, not {device.type}"
+            note = f"note: BatchNorm sees each process's own batch; {why}"
             choice.lines += [note] if note not in choice.lines else []
     if not fsdp:
         return model.to(device, memory_format=choice.memory_format)

@@ -29,6 +29,7 @@ backward pass, 2 bytes per parameter, unless gradient checkpointing is on.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -50,7 +51,7 @@ def check_can_shard(device: torch.device, optimizer: str, compiled: bool) -> Non
         )
     if compiled:
         raise InputError("--fsdp true with --compile true is not supported; leave one of them out")
-    if optimizer == "sgd":
+    if optimizer in ("sgd", "nesterov"):
         raise InputError("--fsdp true: torch's fused SGD does not work on slices; use --optimizer adamw or lars")
     if device.type not in ("cuda", "cpu"):
         raise InputError(f"--fsdp true works on CUDA and CPU, not on {device.type}; leave it out")
@@ -73,7 +74,7 @@ def shard(model: nn.Module, device: torch.device) -> None:
     Raises InputError if a parameter is 0-d and so has no dimension to cut along.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     scalars = [name for name, parameter in model.named_parameters() if parameter.ndim == 0]
     if scalars:
@@ -83,9 +84,28 @@ def shard(model: nn.Module, device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (get_world_size(),))
     for unit in [*units(model.backbone), model.backbone, model.head]:
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    trained = any(parameter.requires_grad for parameter in model.parameters())
+    if not trained:
         for root in (model.backbone, model.head):
             root.register_forward_hook(lambda module, inputs, output: module.reshard())
+    if hasattr(model.backbone, "forward_dense"):  # the other way into a backbone
+        register_fsdp_forward_method(model.backbone, "forward_dense")
+        if not trained:
+            _release_after(model.backbone, "forward_dense")
+
+
+def _release_after(module: nn.Module, method: str) -> None:
+    """Release a sharded module's whole parameters after each call of a method that FSDP takes for a forward."""
+    call = getattr(module, method)
+
+    @functools.wraps(call)
+    def releasing(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return call(*args, **kwargs)
+        finally:
+            module.reshard()
+
+    setattr(module, method, releasing)
 
 
 def units(backbone: nn.Module) -> Iterator[nn.Module]:

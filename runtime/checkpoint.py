@@ -33,7 +33,7 @@ from torchfile.read import COMMENT, COMMENT_SIZE
 TEMP_PREFIX = ".tmp-"
 # Temporary names of what a run writes: the file's own name, and what tempfile puts behind it.
 _TEMPORARY = re.compile(
-    r"\.tmp-(checkpoint(_step)?\d*\.pth|replay_step\d+\.pth|log\.txt|config\.json|DONE|PREEMPTED|probe)\.[a-z0-9_]{8}"
+    r"\.tmp-(checkpoint(_step)?\d*\.pth|best\.pth|replay_step\d+\.pth|log\.txt|config\.json|DONE|PREEMPTED|probe)\.[a-z0-9_]{8}"
 )
 
 

@@ -142,6 +142,7 @@ def given_flags(make_parser: Callable[[], argparse.ArgumentParser], argv: list[s
     parser = argparse.ArgumentParser(add_help=False, parents=[make_parser()])
     for action in parser._actions:
         action.default = argparse.SUPPRESS
+    parser._defaults.clear()  # of set_defaults
     return list(vars(parser.parse_args(argv)))
 
 

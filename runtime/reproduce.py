@@ -18,8 +18,10 @@ def fix_random_seeds(seed: int = 31) -> None:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed the model's random draws in a step (drop path, dropout) from the step's number and the rank."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
+    """Seed a step's random draws from its number and the rank: torch's (drop path, dropout), numpy's (mixing)."""
+    word = int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
+    torch.manual_seed(word)
+    np.random.seed(word % 2**32)
 
 
 def get_sha() -> str:

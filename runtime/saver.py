@@ -1,8 +1,9 @@
 """A run's checkpoints: written in the background, rotated, and found again after any failure.
 
 A save writes one file, `checkpoint_stepNNNNNNNN.pth`, and then makes the names that users know refer to it (hard links,
-or copies if the file system has none): `checkpoint.pth` for the newest, and `checkpointNNNN.pth` for the epochs kept
-for good. Older step files are removed only when all this is durable, and only then is the save reported.
+or copies if the file system has none): `checkpoint.pth` for the newest, `checkpointNNNN.pth` for the epochs kept for
+good, `best.pth` for the best one. Older step files are removed only when all this is durable, and only then is the save
+reported.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from runtime.checkpoint import TEMP_PREFIX, fsync_folder, read_checkpoint, save_
 from runtime.guards import InputError, SaveError
 
 NEWEST = "checkpoint.pth"
+BEST = "best.pth"
 _STEP_FILE = re.compile(r"checkpoint_step(\d{8,})\.pth")
 _EPOCH_FILE = re.compile(r"checkpoint(\d{4,})\.pth")
 
@@ -41,14 +43,17 @@ class CheckpointSaver:
         self._error: Exception | None = None
         self._failed = 0
 
-    def save(self, state: dict[str, Any], step: int, keep_as: str | None = None) -> None:
+    def save(self, state: dict[str, Any], step: int, keep_as: str | None = None, best: bool = False) -> None:
         """Start saving `state`; `keep_as` names an additional file that is never removed, such as `checkpoint0020.pth`.
+
+        best: whether `best.pth` becomes this state.
 
         Returns once the previous save is done and the tensors are copied.
         """
         self.wait()
         snapshot = to_host(state)
-        self._thread = threading.Thread(target=self._write, args=(snapshot, step, keep_as), name="checkpoint-writer")
+        names = [name for name in (NEWEST, keep_as, BEST if best else None) if name is not None]
+        self._thread = threading.Thread(target=self._write, args=(snapshot, step, names), name="checkpoint-writer")
         self._thread.start()
 
     def wait(self) -> bool:
@@ -91,13 +96,12 @@ class CheckpointSaver:
                 "failures in a row stop a run)"
             )
 
-    def _write(self, state: dict[str, Any], step: int, keep_as: str | None) -> None:
+    def _write(self, state: dict[str, Any], step: int, names: list[str]) -> None:
         try:
             path = self._folder / f"checkpoint_step{step:08d}.pth"
             save_checkpoint(state, path)
-            for name in (NEWEST, keep_as):
-                if name is not None:
-                    _point(self._folder / name, path)
+            for name in names:
+                _point(self._folder / name, path)
             fsync_folder(self._folder)
             self._say(f"saved {self._folder / NEWEST} at step {step}")
             self._remove_old(path)

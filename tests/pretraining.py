@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -34,10 +35,10 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def train(*flags) -> int:
-    """main_dino in this process."""
+def train(*flags, program: ModuleType = main_dino) -> int:
+    """A training program in this process."""
     try:
-        return main_dino.main([str(flag) for flag in flags])
+        return program.main([str(flag) for flag in flags])
     finally:
         leave()
 
@@ -47,9 +48,9 @@ def rows(folder: Path) -> list[dict]:
 
 
 def assert_equal_states(one: Path, other: Path) -> None:
-    """Two runs ended bit for bit alike: models, optimizer, center, counters, log lines but for their timings."""
+    """Two runs ended bit for bit alike: models, optimizer, centers, counters, log lines but for their timings."""
     a, b = (read_checkpoint(folder / "checkpoint.pth") for folder in (one, other))
-    for key in ("student", "teacher", "dino_loss"):
+    for key in ("student", "teacher", "ibot_loss" if "ibot_loss" in a else "dino_loss"):
         assert a[key].keys() == b[key].keys()
         for name in a[key]:
             assert torch.equal(a[key][name], b[key][name]), f"{key} {name}"

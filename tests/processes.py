@@ -1,7 +1,8 @@
-"""Runs of the pretraining program in processes of their own, forked from one parent that has imported torch already."""
+"""Runs of a training program in processes of their own, forked from one parent that has imported torch already."""
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import socket
@@ -57,9 +58,10 @@ class Ranks:
 
 
 def start(
-    argv: list[str], folder: Path, world: int = 1, env: dict[str, str] | None = None, patch: Callable | None = None
-) -> Ranks:
-    """Start `main_dino.main(argv)` on `world` ranks; `patch(rank)` runs in each child before it (to inject faults)."""
+    argv: list[str], folder: Path, world: int = 1, env: dict[str, str] | None = None, patch: Callable | None = None,
+    program: str = "main_dino",
+) -> Ranks:  # fmt: skip
+    """Start a program's `main(argv)` on `world` ranks; `patch(rank)` runs in each child first, to inject faults."""
     folder.mkdir(parents=True, exist_ok=True)
     variables = {"OMP_NUM_THREADS": "1", **(env or {})}
     if world > 1:
@@ -69,7 +71,8 @@ def start(
     processes = []
     for rank in range(world):
         own = variables | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {})
-        process = CONTEXT.Process(target=_child, args=([str(a) for a in argv], own, str(outputs[rank]), rank, patch))
+        args = ([str(a) for a in argv], own, str(outputs[rank]), rank, patch, program)
+        process = CONTEXT.Process(target=_child, args=args)
         process.start()
         processes.append(process)
     return Ranks(processes, outputs)
@@ -90,7 +93,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _child(argv: list[str], env: dict[str, str], output: str, rank: int, patch: Callable | None) -> None:
+def _child(argv: list[str], env: dict[str, str], output: str, rank: int, patch: Callable | None, program: str) -> None:
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -99,10 +102,9 @@ def _child(argv: list[str], env: dict[str, str], output: str, rank: int, patch: 
     os.environ.update(env)
     import torch
 
-    import main_dino
     from runtime.guards import run_program
 
     torch.set_num_threads(1)
     if patch is not None:
         patch(rank)
-    run_program(main_dino.main, argv)
+    run_program(importlib.import_module(program).main, argv)

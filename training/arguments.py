@@ -18,6 +18,7 @@ from runtime.cli import (
     read_config,
 )
 from runtime.guards import InputError, input_errors
+from runtime.saver import NEWEST
 from training import recipes
 from training.method import Method
 
@@ -26,7 +27,7 @@ from training.method import Method
 COSMETIC = frozenset({
     "allow_changed_args", "backend", "batch_size_per_gpu", "checkpoint_every_minutes", "checkpoint_every_steps",
     "compile", "config", "data_path", "deterministic", "device", "dist_url", "dry_run", "eval_every", "fsdp",
-    "global_batch_size", "grad_accum", "grad_checkpointing", "init_from", "keep_checkpoints", "local_rank",
+    "global_batch_size", "grad_accum", "grad_checkpointing", "init_from", "keep_best", "keep_checkpoints", "local_rank",
     "max_bad_fraction", "max_bad_steps", "max_failed_saves", "max_steps", "nb_knn", "num_workers", "on_bad_image",
     "output_dir", "recipe", "replay", "report", "requeue", "resume", "saveckp_freq", "temperature", "timeout",
     "use_fp16",
@@ -37,6 +38,8 @@ def parse(program: str, method: Method, doc: str, argv: list[str] | None) -> arg
     """Parse flags, then --config, then the recipe; `args.sources` records the origin of each value."""
     args = parse_program(program, method.parser(), doc, argv, allow_abbrev=True)  # as in DINO
     sources = dict.fromkeys(given_flags(method.parser, argv), "flag")
+    if getattr(args, "evaluate", False) and not args.resume:
+        args.resume = str(Path(args.output_dir) / NEWEST)
     if args.resume:
         for key, value in _arguments_of(Path(args.resume), method).items():
             if key not in sources:
@@ -56,6 +59,7 @@ def _arguments_of(checkpoint: Path, method: Method) -> dict[str, Any]:
     if not isinstance(saved, dict):
         raise InputError(f"--resume {checkpoint} records no arguments, so its run can't be continued")
     own = {"output_dir", "resume", "config", "replay", "dry_run", "init_from", "local_rank", "allow_changed_args"}
+    own |= {"evaluate"}
     return {key: value for key, value in saved.items() if key in _flags_of(method) - own}
 
 
@@ -72,12 +76,14 @@ def resolve(args: argparse.Namespace, method: Method, sources: dict[str, str] | 
     with input_errors():
         name, values = recipes.find(method.name, args.arch, _recipe(args, method, asked))
     for key, value in values.items():
-        if getattr(args, key, None) is None or (asked and name == "demo" and sources.get(key) == "default"):
+        if getattr(args, key, None) is None or (asked and sources.get(key) == "default"):
             setattr(args, key, value)
             sources[key] = f"recipe {name}"
     if recipes.is_demo(args.data_path) and sources["output_dir"] == "default" and asked:
         args.output_dir, sources["output_dir"] = f"runs/demo_{args.arch}", "from --data_path demo"
     _resolve_amp(args)
+    if args.weight_decay_end is None:
+        args.weight_decay_end, sources["weight_decay_end"] = args.weight_decay, "as weight_decay"
     if args.num_workers is None:
         args.num_workers, sources["num_workers"] = min(10, hardware.cpu_count()), "cores, at most 10"
     cut_to_epochs(args, "warmup_epochs")
@@ -139,7 +145,7 @@ def check(args: argparse.Namespace) -> None:
         args, epochs=1_000_000, img_size=16_384, in_chans=10_000, embed_dim=65_536, depth=1_000, num_heads=4_096,
         batch_size_per_gpu=1_000_000, global_batch_size=100_000_000, grad_accum=1_000_000, num_workers=1_000,
     )  # fmt: skip
-    above_zero(args, "temperature", "timeout")
+    above_zero(args, "timeout")
     from_zero_to_one(args, "max_bad_fraction")
     if not 0 <= args.val_fraction < 1:
         raise InputError(f"--val_fraction {args.val_fraction}: must be from 0 to below 1")
@@ -147,14 +153,14 @@ def check(args: argparse.Namespace) -> None:
         raise InputError(f"--seed {args.seed}: must be below 2^63")
     if not args.drop_path_rate < 1:
         raise InputError(f"--drop_path_rate {args.drop_path_rate}: must be below 1")
-    if any(k < 1 for k in args.nb_knn):
-        raise InputError(f"--nb_knn {args.nb_knn}: every number of neighbours must be at least 1")
+    if args.keep_best and not args.eval_every:
+        raise InputError("--keep_best true with --eval_every 0: nothing tells which is best; evaluate, or leave it out")
     check_patches(args, "img_size")
 
 
 def check_patches(args: argparse.Namespace, *keys: str) -> None:
     """Raise InputError if one of our ViTs cannot divide these sizes, in pixels, into whole patches."""
-    if backbones.ALIASES.get(args.arch, args.arch) not in backbones.FAMILIES["vit"]:
+    if not backbones.is_own_vit(args.arch):
         return
     for key in keys:
         size = getattr(args, key)

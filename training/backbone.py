@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import backbones
 import pretrained
@@ -31,16 +33,46 @@ def pooling_config(backbone: nn.Module) -> dict[str, Any]:
 
 
 def load_initial_backbone(backbone: nn.Module, args: argparse.Namespace) -> None:
-    """Load the backbone of --init_from, ours or a published one: the student's if the file has one."""
+    """Load the backbone of --init_from, ours or a published one; notes say what was taken.
+
+    The student's unless --checkpoint_key, if the program has it, says otherwise or the file has none. Position
+    embeddings of another grid are resampled.
+    """
     with input_errors():
         content = pretrained.read(args.init_from)
-        key = "student" if "student" in content else "teacher"
+        key = getattr(args, "checkpoint_key", None) or ("student" if "student" in content else "teacher")
         weights, notes = pretrained.find_backbone(content, key, args.init_from)
+        notes += fit_positions(backbone, weights)
         notes += pretrained.load_weights(backbone, weights, args.init_from)
     args.notes += [
         f"a new run from the backbone of {args.init_from} ({key}); the head starts from random weights",
         *notes,
     ]
+
+
+def fit_positions(backbone: nn.Module, weights: dict[str, Tensor]) -> list[str]:
+    """Resample position embeddings in `weights` to the grid of the backbone's, bicubic; returns a note if it did.
+
+    Other shapes are left alone: only a square grid of patches after the same number of other tokens is known.
+    """
+    wanted = backbone.state_dict()
+    for name in ("pos_embed", "body.pos_embed"):
+        given, target = weights.get(name), wanted.get(name)
+        if given is None or target is None or given.ndim != 3 or given.shape == target.shape:
+            continue
+        embed = getattr(getattr(backbone, "body", backbone), "patch_embed", None)
+        grid = getattr(embed, "grid_size", None)
+        if grid is None or given.shape[2] != target.shape[2]:
+            continue
+        prefix = target.shape[1] - grid[0] * grid[1]
+        side = math.isqrt(max(0, given.shape[1] - prefix))
+        if side == 0 or side * side != given.shape[1] - prefix:
+            continue
+        patches = given[:, prefix:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        patches = F.interpolate(patches, size=tuple(grid), mode="bicubic").permute(0, 2, 3, 1).flatten(1, 2)
+        weights[name] = torch.cat([given[:, :prefix], patches.to(given.dtype)], dim=1)
+        return [f"position embeddings resampled from {side}x{side} to {grid[0]}x{grid[1]} patches"]
+    return []
 
 
 def check_crop_sizes(backbone: nn.Module, args: argparse.Namespace, *keys: str) -> None:

@@ -16,15 +16,17 @@ def new_parser(
     name: str,
     add_method_flags: Callable[[argparse._ArgumentGroup], None],
     add_view_flags: Callable[[argparse._ArgumentGroup], None],
+    lr_help: str = "peak learning rate for a global batch of 256; scaled linearly with it",
 ) -> argparse.ArgumentParser:
     """A parser with all common flags, and the method's own in the two groups that it fills.
 
+    lr_help: what --lr means in this method.
     Flags set by recipes have no default here; `arguments.resolve` fills them in.
     """
     parser = argparse.ArgumentParser(name, add_help=False, formatter_class=HelpFormatter)
     _add_model_flags(parser.add_argument_group("model"))
     add_method_flags(parser.add_argument_group("method (defaults by recipe)"))
-    _add_training_flags(parser.add_argument_group("training (defaults by recipe if it has one)"))
+    _add_training_flags(parser.add_argument_group("training (defaults by recipe if it has one)"), lr_help)
     data = parser.add_argument_group("data and augmentation")
     _add_data_flags(data)
     add_view_flags(data)
@@ -63,14 +65,14 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
              help="checkpoint, ours or a published one, from whose backbone a new run starts")  # fmt: skip
 
 
-def _add_training_flags(group: argparse._ArgumentGroup) -> None:
+def _add_training_flags(group: argparse._ArgumentGroup, lr_help: str) -> None:
     add_flag(group, "--recipe", default="auto", help="a set of defaults; auto: the published one for the architecture")
     add_flag(group, "--optimizer", choices=OPTIMIZERS, help="optimizer")
-    add_flag(group, "--lr", type=float, help="peak learning rate for a global batch of 256; scaled linearly with it")
+    add_flag(group, "--lr", type=float, help=lr_help)
     add_flag(group, "--min_lr", type=float, help="learning rate at the end")
     add_flag(group, "--warmup_epochs", type=int, help="epochs of linear learning-rate warm-up; 0 for none")
     add_flag(group, "--weight_decay", type=float, help="weight decay at the start")
-    add_flag(group, "--weight_decay_end", type=float, help="weight decay at the end")
+    add_flag(group, "--weight_decay_end", type=float, help="weight decay at the end; default by recipe, or as at start")
     add_flag(group, "--clip_grad", type=float, help="largest norm of each parameter's gradient; 0 for no clipping")
     add_flag(group, "--batch_size_per_gpu", type=int, help="images per process in one forward")
     add_flag(group, "--global_batch_size", type=int,
@@ -123,13 +125,14 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     add_flag(group, "--checkpoint_every_steps", type=int, default=0, help="steps between saves; 0: at epochs only")
     add_flag(group, "--checkpoint_every_minutes", type=float, default=0, help="minutes between saves; 0: epochs only")
     add_flag(group, "--keep_checkpoints", type=int, default=2, help="number of the newest saves to keep as a fallback")
+    add_flag(group, "--keep_best", type=bool_flag, default=False,
+             help="keep the checkpoint with the best evaluation as best.pth: top-1 of k-NN with the first --nb_knn, or "
+                  "of the average in supervised training")  # fmt: skip
     add_flag(group, "--max_failed_saves", type=int, default=5, help="consecutive failed saves before the run stops")
     add_flag(group, "--max_bad_steps", type=int, default=5, help="consecutive refused steps before the run stops")
     add_flag(group, "--allow_changed_args", type=bool_flag, default=False,
              help="continue a run with arguments that change its mathematics")  # fmt: skip
     add_flag(group, "--eval_every", type=int, default=5, help="epochs between evaluations; 0 for none")
-    add_flag(group, "--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], help="values of k for its k-NN")
-    add_flag(group, "--temperature", type=float, default=0.07, help="temperature of its k-NN")
     add_flag(group, "--timeout", type=float, default=1800, help="seconds to wait for another process before giving up")
     add_flag(group, "--deterministic", type=bool_flag, default=False,
              help="bit-exact on a GPU too, but slower (runs on a CPU always are bit-exact)")  # fmt: skip
@@ -139,3 +142,10 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     add_flag(group, "--requeue", type=bool_flag, default=False,
              help="when preempted in a SLURM job, put the job back into the queue")  # fmt: skip
     add_flag(group, "--dry_run", action="store_true", help="print the resolved configuration, then stop")
+
+
+def add_knn_flags(group: argparse._ArgumentGroup) -> None:
+    """The flags of the k-NN that watches a self-supervised run."""
+    add_flag(group, "--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200],
+             help="values of k for the evaluation's k-NN")  # fmt: skip
+    add_flag(group, "--temperature", type=float, default=0.07, help="temperature of the evaluation's k-NN")

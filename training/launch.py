@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import textwrap
 import time
 from pathlib import Path
@@ -12,9 +13,8 @@ from typing import Any
 
 import torch
 
-from data.datasets import check_same_classes, open_images
 from data.source import ImageSource
-from runtime.checkpoint import check_writable, read_checkpoint, write_json_atomic, write_text_atomic
+from runtime.checkpoint import check_writable, read_checkpoint, write_atomic, write_json_atomic, write_text_atomic
 from runtime.distributed import (
     barrier,
     get_world_size,
@@ -30,11 +30,13 @@ from runtime.json_log import JsonLog, cut_json_lines
 from runtime.lock import FolderLock
 from runtime.preempt import StopRequest, requeue_slurm_job
 from runtime.reproduce import get_sha
-from runtime.saver import NEWEST, CheckpointSaver, find_checkpoint
+from runtime.saver import BEST, NEWEST, CheckpointSaver, find_checkpoint
 from runtime.tensorboard import TensorBoard
 from runtime.terminal import say
 from training import arguments
+from training.evaluate import evaluate_checkpoint
 from training.few_images import fit_to_few_images
+from training.images import open_data
 from training.loop import Loop, Outputs
 from training.method import Method
 from training.refused import replay_step
@@ -60,7 +62,11 @@ def train(args: argparse.Namespace, method: Method) -> int:
         torch.backends.cudnn.benchmark = args.torch_device.type == "cuda" and not args.deterministic
         try:
             with lost_processes():
-                return replay_step(args, method) if args.replay else _train_locked(args, method, stop)
+                if args.replay:
+                    return replay_step(args, method)
+                if getattr(args, "evaluate", False):
+                    return evaluate_checkpoint(args, method, stop)
+                return _train_locked(args, method, stop)
         finally:
             leave()
 
@@ -82,8 +88,9 @@ def _locked(folder: Path) -> FolderLock:
 
 
 def _train_in(folder: Path, args: argparse.Namespace, method: Method, stop: StopRequest) -> int:
-    train, val = open_data(args)
+    train, val = open_data(args, method)
     fit_to_few_images(args, len(train), on_main_process(lambda: begun_with(folder)))
+    method.fit(args, train)
     run = build(args, method, len(train))
     loop = Loop(run, method, train, val, stop)
     found = continue_run(folder, loop)
@@ -135,25 +142,6 @@ def build(args: argparse.Namespace, method: Method, images: int) -> Run:
         ) from error
 
 
-def open_data(args: argparse.Namespace) -> tuple[ImageSource, ImageSource | None]:
-    """Training images, and validation images if an evaluation is wanted and possible."""
-    held_out = {"val_fraction": args.val_fraction}  # one division for training and evaluations, whatever --seed is
-    train = open_images(args.data_path, "train", args.subset, args.in_chans, **held_out)
-    if not args.eval_every:
-        return train, None
-    if train.labels is None:
-        args.notes.append("no k-NN evaluation while training: the images have no labels")
-        return train, None
-    try:
-        val = open_images(args.data_path, "val", in_chans=args.in_chans, **held_out)
-        check_same_classes(train, val)
-    except InputError as error:
-        advice = "" if args.val_fraction else "; --val_fraction 0.1 holds a tenth of each class out for it"
-        args.notes.append(f"no k-NN evaluation while training: {error}{advice}")
-        return train, None
-    return train, val
-
-
 def continue_run(folder: Path, loop: Loop) -> Path | None:
     """Load the newest good checkpoint of `folder`, if there is one, on all processes; returns its path."""
     found = on_main_process(lambda: find_checkpoint(folder, say), keep_local=True)
@@ -167,9 +155,13 @@ def continue_run(folder: Path, loop: Loop) -> Path | None:
 
 
 def take_over_log(before: Path, folder: Path) -> None:
-    """Copy the log of a run that continues in a new folder; later epochs are cut off."""
-    if (before / "log.txt").is_file() and before.resolve() != folder.resolve():
+    """Copy the log and the best checkpoint of a run that continues in a new folder; later epochs are cut off."""
+    if before.resolve() == folder.resolve():
+        return
+    if (before / "log.txt").is_file():
         write_text_atomic(folder / "log.txt", (before / "log.txt").read_text(errors="replace"))
+    if (before / BEST).is_file():
+        write_atomic(folder / BEST, lambda temporary: shutil.copyfile(before / BEST, temporary) and None)
 
 
 def open_run(folder: Path, loop: Loop) -> CheckpointSaver:

@@ -12,11 +12,10 @@ from typing import Any
 
 from data.bad_images import BadImages
 from data.loader import ahead_on_device, build_loader
-from data.sampler import TrainSampler
 from data.source import ImageSource
 from evaluation.features import Interrupted
 from runtime.delayed_results import LateReader
-from runtime.distributed import all_gather_objects, get_rank, get_world_size, is_main_process
+from runtime.distributed import all_gather_objects, is_main_process
 from runtime.guards import EXIT_BAD_INPUT, InputError, RunStopped
 from runtime.json_log import JsonLog
 from runtime.meters import MetricLogger
@@ -31,6 +30,7 @@ from training.method import Method
 from training.refused import RefusedSteps
 from training.run import Run, Wishes
 from training.state import check_same_run, load_training_state, model_config, training_state
+from training.watch import result_lines
 
 
 @dataclasses.dataclass
@@ -51,9 +51,7 @@ class Loop:
         args = run.args
         self.run, self.method, self.train, self.stop = run, method, train, stop
         self.folder = Path(args.output_dir)
-        self.sampler = TrainSampler(
-            len(train), run.plan.batch_size, run.plan.accum, args.seed, get_rank(), get_world_size()
-        )
+        self.sampler = run.plan.sampler(len(train), args.seed)
         dataset = run.views.dataset(train, args.seed, args.on_bad_image)
         pin_memory = run.hardware.device.type == "cuda"
         self.loader = build_loader(dataset, self.sampler, args.num_workers, pin_memory, prefetch_factor=2)
@@ -64,6 +62,8 @@ class Loop:
         self.bad_images = BadImages(train, args.max_bad_fraction)
         self.failure: InputError | RunStopped | None = None  # of this process alone, until `share_failure`
         self.watch = method.watch(run, train, val)
+        self.best: float | None = None  # the watch's best score so far
+        self.is_best = False  # whether the next save is of the epoch with that score
         self.pace = Pace(run.plan.global_batch)
         self.out: Outputs | None = None
 
@@ -78,6 +78,7 @@ class Loop:
             "config": model_config(self.run, self.method, self.train),
             "meters": self.meters.state_dict(),
             "bad_in_a_row": self.refused.in_a_row,
+            "best": self.best,
         }
 
     def load(self, state: dict[str, Any], path: Path) -> None:
@@ -86,6 +87,7 @@ class Loop:
         load_training_state(self.run, self.method, state, path)
         self.meters.load_state_dict(state["meters"])
         self.refused.in_a_row = state["bad_in_a_row"]
+        self.best = state.get("best")
         self.epoch, self.step = state["epoch"], state["iteration"]
         before, plan = state["config"]["global_batch"], self.run.plan
         if before != plan.global_batch:  # accepted by the user: continue from the same fraction of the data
@@ -99,7 +101,7 @@ class Loop:
         state = self.state()
         if self.out.saver is not None:
             with self.deferred_errors():
-                self.out.saver.save(state, self.step, self.kept_name())
+                self.out.saver.save(state, self.step, self.kept_name(), self.is_best)
         return state
 
     def kept_name(self) -> str | None:
@@ -134,7 +136,9 @@ class Loop:
         state, saver = saved or self.save(), self.out.saver
         if saver is not None:
             with self.deferred_errors():
-                saver.finish(lambda: saver.save(state, self.step, self.kept_name()), pause_s=1.0 if done else 0.0)
+                saver.finish(
+                    lambda: saver.save(state, self.step, self.kept_name(), self.is_best), pause_s=1.0 if done else 0.0
+                )
         self.share_failure()
         return done
 
@@ -157,6 +161,7 @@ class Loop:
                     if results is None:
                         return False
                     row |= results
+                    self.judge(row)
             if is_main_process():
                 out.log.append(row)
             if args.report and self.watch is not None and due:
@@ -168,7 +173,14 @@ class Loop:
             if self.step >= run.total_steps:
                 break
             self.save()
+            self.is_best = False
         return self.finish(done=True)
+
+    def judge(self, row: dict[str, Any]) -> None:
+        """Compare an epoch's score with the best so far, if the best checkpoint is to be kept."""
+        score = self.watch.score(row) if self.run.args.keep_best else None
+        if score is not None and (self.best is None or score > self.best):
+            self.best, self.is_best = score, True
 
     def monitor(self) -> dict[str, float]:
         """The watch's monitors, also written to TensorBoard, with their warning."""
@@ -187,13 +199,11 @@ class Loop:
             say(f"the evaluation of epoch {self.epoch} was interrupted; it starts over when the run continues")
             self.finish(done=False, saved=saved)
             return None
+        for line in result_lines(results):
+            say(f"epoch {self.epoch}: {line}")
         for name, cases in results.items():  # {"k-NN": {"10": {"top1": 61.2}}} is eval/knn10_top1
             for case, values in cases.items():
-                numbers = ", ".join(
-                    f"{metric.replace('top', 'top-')} {value:.2f} %" for metric, value in values.items()
-                )
-                say(f"epoch {self.epoch}: {name} {case} {numbers}")
-                tag = f"eval/{name.replace('-', '').lower()}{case}"
+                tag = f"eval/{name.replace('-', '').lower()}{'' if case.isdigit() else '_'}{case}"
                 self.out.board.scalars({f"{tag}_{metric}": value for metric, value in values.items()}, self.step)
         return results
 

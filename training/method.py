@@ -39,6 +39,8 @@ class Method:
         config: (args) -> what a reader of the checkpoint needs besides the backbone's settings.
         watch: (run, training images, validation images or None) -> Watch, or None for a method without one.
         cosmetic: the method's own flags that a continued run may change because they don't affect its mathematics.
+        labelled: whether it trains with labels; then train and val must have labels of the same classes.
+        fit: (args, training images) -> None; completes the arguments that depend on the data, raising InputError.
     """
 
     name: str
@@ -51,6 +53,8 @@ class Method:
     config: Callable[[argparse.Namespace], dict[str, Any]] = _nothing
     watch: Callable[[Run, ImageSource, ImageSource | None], Watch | None] = _no_watch
     cosmetic: frozenset[str] = frozenset()
+    labelled: bool = False
+    fit: Callable[[argparse.Namespace, ImageSource], Any] = _nothing
 
     @property
     def results(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Multi-crop views (two large crops of an image and several small ones): flags and checks.
+"""Multi-crop views (two large crops of an image and several small ones) and the k-NN of such runs: flags and checks.
 
 Shared by the self-supervised methods.
 """
@@ -9,19 +9,22 @@ import argparse
 
 import backbones
 from data.augment import CropSpec
-from runtime.checks import at_least_one, at_most
+from runtime.checks import above_zero, at_least_one, at_most
 from runtime.cli import add_flag
+from runtime.guards import InputError
 from training.arguments import check_patches
+from training.flags import add_knn_flags
 
 
 def add_flags(group: argparse._ArgumentGroup) -> None:
-    """The flags of the crops; recipes hold all their defaults except the size of local crops."""
+    """The flags of the crops and of the k-NN; recipes hold all their defaults except the size of local crops."""
     add_flag(group, "--global_crops_scale", type=float, nargs=2,
              help="smallest and largest area of a global crop, as a fraction of the image's")  # fmt: skip
     add_flag(group, "--local_crops_number", type=int, help="small crops per image; 0 for none")
     add_flag(group, "--local_crops_scale", type=float, nargs=2,
              help="smallest and largest area of a local crop, as a fraction of the image's")  # fmt: skip
     add_flag(group, "--local_crops_size", type=int, help="side of the local crops in pixels; default 3/7 of --img_size")
+    add_knn_flags(group)
 
 
 def complete(args: argparse.Namespace) -> None:
@@ -31,6 +34,9 @@ def complete(args: argparse.Namespace) -> None:
     at_least_one(args, "local_crops_size")
     at_most(args, local_crops_size=16_384, local_crops_number=1_000)
     check_patches(args, "local_crops_size")
+    above_zero(args, "temperature")
+    if any(k < 1 for k in args.nb_knn):
+        raise InputError(f"--nb_knn {args.nb_knn}: every number of neighbours must be at least 1")
     crop_spec(args)
 
 
@@ -48,5 +54,6 @@ def crop_spec(args: argparse.Namespace) -> CropSpec:
         global_scale=tuple(args.global_crops_scale),
         local_scale=tuple(args.local_crops_scale),
         local_number=args.local_crops_number,
+        global_number=getattr(args, "global_crops_number", 2),
         in_chans=args.in_chans,
     )

@@ -19,19 +19,24 @@ class Plan:
     steps_per_epoch: int
     rank: int = 0
     world_size: int = 1
+    repeats: int = 1  # times that a step shows each of its images
 
     @property
     def global_batch(self) -> int:
         """Images per step, over all processes."""
         return self.batch_size * self.accum * self.world_size
 
+    def sampler(self, images: int, seed: int) -> TrainSampler:
+        """The order in which this process takes `images` images."""
+        return TrainSampler(images, self.batch_size, self.accum, seed, self.rank, self.world_size, self.repeats)
 
-def make_plan(args: argparse.Namespace, images: int) -> Plan:
+
+def make_plan(args: argparse.Namespace, images: int, repeats: int = 1) -> Plan:
     """The plan for a data set of `images` images. Raises InputError if the batch can't be divided or filled."""
     rank, world_size = get_rank(), get_world_size()
     batch_size, accum = split_batch(args, world_size)
-    sampler = TrainSampler(images, batch_size, accum, args.seed, rank, world_size)
-    return Plan(batch_size, accum, sampler.steps_per_epoch, rank, world_size)
+    plan = Plan(batch_size, accum, 0, rank, world_size, repeats)
+    return dataclasses.replace(plan, steps_per_epoch=plan.sampler(images, args.seed).steps_per_epoch)
 
 
 def split_batch(args: argparse.Namespace, world_size: int) -> tuple[int, int]:

@@ -1,14 +1,17 @@
 """Published recipes: from an architecture's name to the defaults of its family.
 
-The SimPool recipes are those of its paper's 100-epoch ImageNet-1k runs, for ViT-S/16, ResNet-50 and ConvNeXt-S;
-`dino` is DINO's own for ViT-S/16. A recipe sets only what differs between them; the user's flags win.
+The SimPool recipes are those of its paper's 100-epoch ImageNet-1k runs, for ViT-S/16, ResNet-50 and ConvNeXt-S, with
+DINO and with labels; `dino` is DINO's own for ViT-S/16, `finetune` is AttMask's transfer. A recipe sets only what
+differs between those of its method; the user's flags win.
 """
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 from backbones import family
+from training import recipes_attmask
 
 _SIMPOOL_VIT = {
     "batch_size_per_gpu": 100,
@@ -106,6 +109,99 @@ _DEMO = {
     "nb_knn": [20],
 }
 
+_SUPERVISED_VIT = {
+    "batch_size_per_gpu": 74,
+    "optimizer": "adamw",
+    "lr": 5e-4,
+    "min_lr": 1e-6,
+    "warmup_lr": 1e-6,
+    "warmup_epochs": 5,
+    "weight_decay": 0.05,
+    "clip_grad": 0.0,
+    "drop_rate": 0.1,
+    "drop_path_rate": 0.1,
+    "layer_decay": 1.0,
+    "smoothing": 0.1,
+    "mixup": 0.2,
+    "cutmix": 0.0,
+    "auto_augment": "rand-m9-mstd0.5-inc1",
+    "aug_splits": 0,
+    "jsd_loss": False,
+    "split_bn": False,
+    "reprob": 0.25,
+    "resplit": False,
+    "aug_repeats": 1,
+    "model_ema_decay": 0.99996,
+    "crop_pct": 0.9,
+}
+
+_SUPERVISED_RESNET = {
+    **_SUPERVISED_VIT,
+    "batch_size_per_gpu": 128,
+    "optimizer": "nesterov",
+    "lr": 0.4,
+    "weight_decay": 2e-5,
+    "drop_rate": 0.0,
+    "drop_path_rate": 0.0,
+    "mixup": 0.0,
+    "aug_splits": 3,
+    "jsd_loss": True,
+    "split_bn": True,
+    "reprob": 0.6,
+    "resplit": True,
+    "model_ema_decay": 0.0,
+    "crop_pct": 0.95,
+}
+
+_SUPERVISED_CONVNEXT = {
+    **_SUPERVISED_VIT,
+    "batch_size_per_gpu": 128,
+    "lr": 1e-3,
+    "drop_rate": 0.0,
+    "drop_path_rate": 0.4,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "model_ema_decay": 0.9999,
+    "crop_pct": 0.875,
+}
+
+# AttMask's transfer: DeiT's recipe, from pretrained weights. lr 7.5e-6 per 512 images, for a global batch of 900.
+_FINETUNE = {
+    **_SUPERVISED_VIT,
+    "batch_size_per_gpu": 100,
+    "lr": 7.5e-6 * 900 / 512,
+    "drop_rate": 0.0,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "aug_repeats": 3,
+}
+
+# What `--data_path demo` trains with labels if no model is chosen; docs/LOG.md tells what it reaches.
+_SUPERVISED_DEMO = {
+    **_SUPERVISED_VIT,
+    "arch": "vit_small",
+    "mode": "simpool",
+    "patch_size": 8,
+    "embed_dim": 96,
+    "depth": 4,
+    "num_heads": 3,
+    "img_size": 32,
+    "epochs": 12,
+    "batch_size_per_gpu": 64,
+    "lr": 2e-3,
+    "warmup_epochs": 1,
+    "drop_rate": 0.0,
+    "drop_path_rate": 0.0,
+    "auto_augment": "none",
+    "reprob": 0.0,
+    "model_ema_decay": 0.99,
+    "crop_pct": 1.0,
+    "num_workers": 0,
+}
+
+# The global batch for which a recipe's learning rate is meant, if the method does not scale it with the batch.
+PUBLISHED_BATCH = {"vit": 592, "resnet": 1024, "convnext": 1024, "finetune": 900}
+
 # method -> recipe -> values of flags
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "dino": {
@@ -114,20 +210,33 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "simpool_convnext": _SIMPOOL_CONVNEXT,
         "dino": _DINO,
         "demo": _DEMO,
-    }
+    },
+    "attmask": recipes_attmask.RECIPES,
+    "supervised": {
+        "vit": _SUPERVISED_VIT,
+        "resnet": _SUPERVISED_RESNET,
+        "convnext": _SUPERVISED_CONVNEXT,
+        "finetune": _FINETUNE,
+        "demo": _SUPERVISED_DEMO,
+    },
 }
 
 
 def find(method: str, arch: str, recipe: str = "auto") -> tuple[str, dict[str, Any]]:
     """The full name and the values of a recipe; a method without recipes has an empty one, named "none".
 
-    For DINO, `auto` and `simpool` mean the SimPool recipe of the architecture's family.
-    Raises ValueError for an unknown recipe.
+    `auto` and `simpool` mean the recipe of the architecture's family; `official` does too, in supervised training,
+    where both poolings share one. Raises ValueError for an unknown recipe.
     """
     known = RECIPES.get(method, {})
     if recipe == "auto" and not known:
         return "none", {}
-    name = f"simpool_{family(arch)}" if recipe in ("auto", "simpool") else recipe
+    if recipe == "auto" and "published" in known:
+        recipe = "published"
+    name = recipe
+    if recipe in ("auto", "simpool", "official"):
+        named = [family(arch)] if recipe == "official" else [f"simpool_{family(arch)}", family(arch)]
+        name = next((n for n in named if n in known), recipe)
     if name not in known:
         raise ValueError(f"--recipe {recipe!r} is unknown; choose {', '.join(['auto', *known])}")
     return name, known[name]
@@ -136,3 +245,14 @@ def find(method: str, arch: str, recipe: str = "auto") -> tuple[str, dict[str, A
 def is_demo(data_path: str | None) -> bool:
     """Whether the images are the built-in ones."""
     return (data_path or "").partition(":")[0] == "demo"
+
+
+def note_batch(args: argparse.Namespace, global_batch: int) -> None:
+    """A note if a recipe's learning rate, which is not scaled, meets a global batch that it is not meant for."""
+    source = args.sources.get("lr", "")
+    published = PUBLISHED_BATCH.get(source.removeprefix("recipe "))
+    if source.startswith("recipe ") and published not in (None, global_batch):
+        args.notes.append(
+            f"lr {args.lr:.3g} is the recipe's for a global batch of {published}, and this one is {global_batch}: "
+            f"--global_batch_size {published} restores it; {args.lr * global_batch / published:.3g} is in proportion"
+        )

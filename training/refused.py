@@ -66,7 +66,7 @@ class RefusedSteps:
         schedules = {name: float(values[step]) for name, values in self.run.schedules.items()}
         replay = {"step": step, "images": indices, "schedules": schedules}
         if is_main_process():
-            names = [[[self.train.name(i) for i in batch] for batch in rank] for rank in indices]
+            names = [[[self.train.name(i % len(self.train)) for i in batch] for batch in rank] for rank in indices]
             try:
                 save_checkpoint({**state, "replay": {**replay, "names": names}}, path)
             except (OSError, RuntimeError) as error:  # the run is stopping for a more important reason

@@ -17,12 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
 from data.source import ImageSource
-from data.train_set import CropBatch
 from optim import sharding
 from optim.average import ParameterAverage
 from optim.batchnorm import RunningStatistics
 from optim.clipping import clip_each_
-from optim.groups import get_params_groups
+from optim.groups import Groups, get_params_groups
 from optim.optimizers import build_optimizer
 from optim.placing import exchanging_gradients, place
 from optim.schedules import cosine_scheduler
@@ -30,8 +29,6 @@ from runtime import hardware
 from runtime.distributed import get_world_size
 from runtime.reproduce import seed_step
 from training.plan import Plan
-
-Groups = list[dict[str, Any]]
 
 
 class Views(Protocol):
@@ -43,11 +40,20 @@ class Views(Protocol):
     def on_device(self, batch: Any) -> list[Tensor]:
         """The crops of a micro-batch, as model input: one (V·B, C, S, S) tensor per resolution."""
 
+    def notes(self) -> list[str]:
+        """What the user should know about these settings."""
+
 
 class MicroBatch(NamedTuple):
-    """The input of one forward: crops per resolution (V·B, C, S, S), and whether it is the step's last."""
+    """The input of one forward.
+
+    crops: per resolution (V·B, C, S, S); labels: int64 (V·B,) of a labelled data set, else None; index: the images'
+    numbers, (B,) on the host; last: whether it is the step's last.
+    """
 
     crops: list[Tensor]
+    labels: Tensor | None
+    index: Tensor | None
     last: bool
 
 
@@ -119,6 +125,7 @@ class Run:
         plan: how a step's images are divided.
         groups: returns the student's parameter groups. Weight decay follows the schedule in groups that don't set their
             own; a group's "lr_scale" multiplies the learning rate.
+        average_buffers: whether the teacher averages the student's buffers too (see `ParameterAverage`).
     """
 
     def __init__(
@@ -132,6 +139,7 @@ class Run:
         views: Views,
         plan: Plan,
         groups: Callable[[nn.Module], Groups] = get_params_groups,
+        average_buffers: bool = False,
     ) -> None:
         self.args, self.hardware, self.schedules, self.views, self.plan = args, choice, schedules, views, plan
         if args.grad_checkpointing:
@@ -140,8 +148,8 @@ class Run:
         if args.compile:  # in place, so that names in checkpoints do not change
             for model in models:
                 model.backbone.compile()
-        # The template for whole copies of a sharded teacher.
-        self._skeleton = sharding.skeleton(teacher) if args.fsdp and teacher is not None else None
+        # The templates for whole copies of sharded models.
+        self._skeletons = [sharding.skeleton(model) for model in models] if args.fsdp else []
         models = [place(model, choice, args.fsdp) for model in models]
         self.teacher = models[1] if teacher is not None else None
         self.student = exchanging_gradients(models[0], choice, args.fsdp)
@@ -150,7 +158,9 @@ class Run:
         self._decaying = [i for i, group in enumerate(grouped) if "weight_decay" not in group]
         self.optimizer = build_optimizer(args.optimizer, grouped)
         self.scaler = torch.amp.GradScaler(choice.device.type, enabled=choice.amp == "fp16")
-        self.average = ParameterAverage(self.student, self.teacher) if self.teacher is not None else None
+        self.average: ParameterAverage | None = None
+        if self.teacher is not None:
+            self.average = ParameterAverage(self.student, self.teacher, average_buffers)
         self._statistics = RunningStatistics(self.student, *([self.teacher] if self.teacher is not None else []))
         self._before: list[Tensor] = []
 
@@ -166,12 +176,13 @@ class Run:
         self._before = self._statistics.copy()
         return step // self.plan.steps_per_epoch
 
-    def micro_batches(self, batches: Sequence[CropBatch]) -> Iterator[MicroBatch]:
+    def micro_batches(self, batches: Sequence[Any]) -> Iterator[MicroBatch]:
         """The micro-batches of a step, as model input."""
         for i, batch in enumerate(batches):
             crops = self.views.on_device(batch)  # [(2B, C, S, S), (nB, C, s, s)]
             crops = [crop.contiguous(memory_format=self.hardware.memory_format) for crop in crops]
-            yield MicroBatch(crops, last=i + 1 == len(batches))
+            labels, index = getattr(batch, "labels", None), getattr(batch, "index", None)
+            yield MicroBatch(crops, labels, index, last=i + 1 == len(batches))
 
     def exchange_gradients(self, now: bool) -> contextlib.AbstractContextManager:
         """A context for forward and backward in which processes exchange gradients only if `now` is true."""
@@ -211,9 +222,15 @@ class Run:
 
     def whole_teacher(self) -> nn.Module:
         """The teacher for use outside a step; a copy if it is sharded, so all processes must call this."""
-        if self._skeleton is None:
+        if not self._skeletons:
             return self.teacher
-        return sharding.whole_copy(self.teacher, self._skeleton, self.hardware.device)
+        return sharding.whole_copy(self.teacher, self._skeletons[1], self.hardware.device)
+
+    def whole_student(self) -> nn.Module:
+        """The same for the student."""
+        if not self._skeletons:
+            return self.bare_student
+        return sharding.whole_copy(self.bare_student, self._skeletons[0], self.hardware.device)
 
     @property
     def total_steps(self) -> int:

@@ -66,6 +66,16 @@ def model_config(run: Run, method: Method, train: ImageSource) -> dict[str, Any]
     return config | {"data": train.fingerprint()}
 
 
+def check_method(method: Method, state: dict[str, Any], path: Path) -> None:
+    """Raise InputError if a checkpoint's run is of another method."""
+    before = (state.get("config") or {}).get("method", "dino")
+    if before != method.name:
+        raise InputError(
+            f"{path} is from a run by {before}, which {method.name} can't continue; start a new run in another "
+            f"--output_dir, from its backbone with --init_from {path}"
+        )
+
+
 def check_same_run(run: Run, method: Method, train: ImageSource, state: dict[str, Any], path: Path) -> None:
     """Report changed arguments. Raises InputError if they change the run's mathematics."""
     if "iteration" not in state or "config" not in state:
@@ -73,12 +83,7 @@ def check_same_run(run: Run, method: Method, train: ImageSource, state: dict[str
             f"{path} was not written by this program, so its run cannot be continued exactly; start a new one in "
             f"another --output_dir with --init_from {path}"
         )
-    before = state["config"].get("method", "dino")
-    if before != method.name:
-        raise InputError(
-            f"{path} is from a run by {before}, which {method.name} can't continue; start a new run in another "
-            f"--output_dir, from its backbone with --init_from {path}"
-        )
+    check_method(method, state, path)
     serious, harmless = _changes(run, method, train, state)
     if harmless:
         say(f"changed since the run was saved: {', '.join(harmless)}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.source import ImageSource
 from evaluation import knn, monitors
@@ -33,8 +34,24 @@ class Watch(Protocol):
         Raises evaluation.features.Interrupted once `should_stop` returns True.
         """
 
+    def score(self, row: dict[str, Any]) -> float | None:
+        """How good an epoch's evaluation is, from its row of log.txt, for best.pth; higher is better."""
+
     def pictures(self, folder: Path) -> list[Path]:
         """Draw a finished run's pictures as PNG files; all processes call this, one draws. Raises ValueError."""
+
+
+def result_lines(results: dict[str, dict[str, Any]]) -> list[str]:
+    """An evaluation's results in words: "k-NN 10 top-1 61.20 %, top-5 90.00 %"."""
+
+    def words(metric: str, value: float) -> str:
+        return f"{metric.replace('top', 'top-')} {value:.2f} %" if metric.startswith("top") else f"{metric} {value:.4f}"
+
+    return [
+        f"{name} {case} {', '.join(words(metric, value) for metric, value in values.items())}"
+        for name, cases in results.items()
+        for case, values in cases.items()
+    ]
 
 
 class TeacherWatch:
@@ -43,17 +60,7 @@ class TeacherWatch:
     def __init__(self, run: Run, train: ImageSource, val: ImageSource | None) -> None:
         self.run, self.train, self.val = run, train, val
         self.can_evaluate = val is not None
-        self._probe = self._probe_images()
-
-    def _probe_images(self) -> Tensor | None:
-        """The images that the monitors use throughout the run, on rank 0."""
-        if not is_main_process():
-            return None
-        try:
-            return monitors.probe_batch(self.train, self.run.args.img_size)
-        except InputError as error:  # an unreadable image must not prevent training
-            say(f"no collapse monitors: {error}")
-            return None
+        self._probe = probe_images(train, run.args.img_size, "collapse monitors")
 
     def monitor(self, epoch: int) -> tuple[dict[str, float], str | None]:
         """Signs of collapse in the teacher (docs/evaluation.md explains them), on rank 0."""
@@ -74,24 +81,46 @@ class TeacherWatch:
         )  # fmt: skip
         return {"k-NN": {str(k): {"top1": top1, "top5": top5} for k, (top1, top5) in results.items()}}
 
+    def score(self, row: dict[str, Any]) -> float | None:
+        """Top-1 of the first k."""
+        return next(iter(row["k-NN"].values()))["top1"]
+
     def pictures(self, folder: Path) -> list[Path]:
-        """attention.png: the teacher's maps of photographs or probe images, next to those of an untrained model."""
-        from evaluation.attention_figure import attention_figure
+        """attention.png: the teacher's maps, next to those of an untrained model."""
+        return draw_attention(self.run, self.run.whole_teacher().backbone, self._probe, folder)
 
-        teacher, args = self.run.whole_teacher(), self.run.args
-        if self._probe is None:
-            return []
-        untrained = build_backbone(args).to(self.run.hardware.device).eval()
-        models = {"trained": teacher.backbone, "untrained": untrained}
-        return [attention_figure(models, self._shown(), folder / "attention.png")]
 
-    def _shown(self, count: int = 6) -> Tensor:
-        """uint8 images (B, C, H, W); for the demo whole photographs, enlarged for a model of small images."""
-        args = self.run.args
-        if not is_demo(args.data_path) or args.in_chans != 3:
-            return self._probe[:count]
-        from evaluation import attention, examples
+def probe_images(train: ImageSource, img_size: int, use: str) -> Tensor | None:
+    """A few images that stay the same throughout a run, (B, C, S, S) uint8 on rank 0; None elsewhere.
 
-        side = args.img_size if args.img_size > 96 else 6 * args.img_size
-        photographs = examples.Photographs()
-        return torch.stack([attention.fit(photographs.load(i), (side, side)) for i in range(count)])
+    An unreadable image must not prevent training: then a line says that there is no `use`.
+    """
+    if not is_main_process():
+        return None
+    try:
+        return monitors.probe_batch(train, img_size)
+    except InputError as error:
+        say(f"no {use}: {error}")
+        return None
+
+
+def draw_attention(run: Run, backbone: nn.Module, probe: Tensor | None, folder: Path) -> list[Path]:
+    """attention.png: a backbone's maps of photographs or probe images, next to those of an untrained one."""
+    from evaluation.attention_figure import attention_figure
+
+    if probe is None:
+        return []
+    untrained = build_backbone(run.args).to(run.hardware.device).eval()
+    models = {"trained": backbone, "untrained": untrained}
+    return [attention_figure(models, _shown(run.args, probe), folder / "attention.png")]
+
+
+def _shown(args: argparse.Namespace, probe: Tensor, count: int = 6) -> Tensor:
+    """uint8 images (B, C, H, W); for the demo whole photographs, enlarged for a model of small images."""
+    if not is_demo(args.data_path) or args.in_chans != 3:
+        return probe[:count]
+    from evaluation import attention, examples
+
+    side = args.img_size if args.img_size > 96 else 6 * args.img_size
+    photographs = examples.Photographs()
+    return torch.stack([attention.fit(photographs.load(i), (side, side)) for i in range(count)])

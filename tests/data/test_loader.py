@@ -192,7 +192,7 @@ def test_an_error_in_a_worker_is_not_taken_for_a_lost_one(source, monkeypatch):
     def fail(*_):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(TrainSet, "_cut_or_substitute", fail)
+    monkeypatch.setattr(TrainSet, "use", fail)
     with pytest.raises(RuntimeError, match="a bug") as caught:
         next(iter(build_train_loader(source, SPEC, TrainSampler(len(source), 2), num_workers=1)))
     assert not isinstance(caught.value, RunStopped)

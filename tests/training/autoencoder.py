@@ -33,11 +33,11 @@ class Autoencoder(nn.Module):
 def train_step(run: Run, batches: list, step: int, wishes: Wishes) -> Tensor:
     run.begin(step)
     means = Means()
-    for crops, last in run.micro_batches(batches):
-        with run.exchange_gradients(last):
+    for batch in run.micro_batches(batches):
+        with run.exchange_gradients(batch.last):
             with run.hardware.autocast():
-                output = run.student(crops[0])
-            loss = run.loss(output.float(), crops[0])
+                output = run.student(batch.crops[0])
+            loss = run.loss(output.float(), batch.crops[0])
             run.backward(loss, len(batches))
         means.add(loss=loss)
     means.over_ranks(wishes)
