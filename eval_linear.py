@@ -3,6 +3,7 @@
     python eval_linear.py --pretrained_weights output/checkpoint.pth --data_path /path/to/imagenet
     torchrun --nproc_per_node 8 eval_linear.py --pretrained_weights ... --data_path ... --lr 0.001 0.01 0.1
     python eval_linear.py --pretrained_weights ... --data_path ... --evaluate          # a saved head
+    python eval_linear.py --pretrained_weights ... --data_path ... --evaluate --mask_ratios 0.1 0.5 --mask_by dino.pth
     python eval_linear.py --pretrained_weights ... --data_path ... --logistic          # an answer in seconds
 
 Without --lr twelve learning rates are tried, from 1e-4 to 30 per 256 images, which covers ViTs, ResNets and small
@@ -27,7 +28,7 @@ from torch import nn
 from data.parts import Part
 from data.sampler import TrainSampler
 from data.source import ImageSource
-from evaluation import cached, features, heads, identity, labelled, linear, logistic, options, records, report
+from evaluation import cached, features, heads, identity, labelled, linear, logistic, masked, options, records, report
 from evaluation.crops import build_probe_loader
 from evaluation.forms import Form, default_forms, form_widths, probe_features
 from evaluation.linear import LinearClassifier, Probe
@@ -68,6 +69,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_flag(group, "--evaluate", action="store_true", help="only validate a saved head")
     add_flag(group, "--linear_weights", default=None, metavar="FILE",
              help="the head of --evaluate, ours or published (default: best.pth.tar of --output_dir)")  # fmt: skip
+    add_flag(group, "--mask_ratios", type=float, nargs="+", default=None,
+             help="with --evaluate: also on images with these parts of their patches black")  # fmt: skip
+    add_flag(group, "--mask_by", default=None, metavar="CHECKPOINT",
+             help="the model whose attention chooses those patches, the most attended first")  # fmt: skip
     add_flag(group, "--logistic", action="store_true",
              help="logistic regression on features without augmentation, by L-BFGS")  # fmt: skip
     options.add_checkpoint_flags(parser)
@@ -96,12 +101,23 @@ def eval_linear(args: argparse.Namespace) -> dict[str, Any]:
     for name, check in (("lr", options.check_above_zero), ("n_last_blocks", options.check_positive)):
         if getattr(args, name) is not None:
             check(args, name)
+    check_masks(args)
     folder = records.output_folder(args.output_dir, args.pretrained_weights)
     init_distributed_mode(args)
     task = prepare(args, folder)
     if args.logistic:
         return run_logistic(task)
     return run_saved(task) if args.evaluate else run_sweep(task)
+
+
+def check_masks(args: argparse.Namespace) -> None:
+    """Raise InputError unless the flags of masked images come together, and with --evaluate."""
+    if (args.mask_ratios is None) != (args.mask_by is None):
+        raise InputError("--mask_ratios and --mask_by belong together: give both, or neither")
+    if args.mask_ratios is not None:
+        if not args.evaluate or args.logistic:
+            raise InputError("--mask_ratios tests a saved head: give --evaluate too, and not --logistic")
+        masked.check_ratios(args.mask_ratios)
 
 
 # ---- model and data -------------------------------------------------------------------------------------------------
@@ -310,11 +326,33 @@ def run_saved(task: Task) -> dict[str, Any]:
     probe.groups[0].bias.copy_(head.bias[None])
     top1, top5, loss = task.cache(task.val, [form], "validation features").count(probe)[0].tolist()
     say(records.table(["head", "val top-1", "val top-5"], [[str(path), top1, top5]]))
-    return task.write(
-        "eval_linear_saved",
-        {"linear_weights": str(path), "n_last_blocks": form.n, "avgpool_patchtokens": form.avgpool},
-        {"val_top1": top1, "val_top5": top5, "val_loss": loss},
-    )
+    settings = {"linear_weights": str(path), "n_last_blocks": form.n, "avgpool_patchtokens": form.avgpool}
+    results: dict[str, Any] = {"val_top1": top1, "val_top5": top5, "val_loss": loss}
+    if args.mask_ratios:
+        results["masked"], masking = run_masked(task, form, head.weight, head.bias, top1)
+        settings |= masking
+    return task.write("eval_linear_saved", settings, results)
+
+
+def run_masked(
+    task: Task, form: Form, weight: torch.Tensor, bias: torch.Tensor, unmasked: float
+) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+    """Accuracy of a head on images without what --mask_by attends to most, and what made the masks."""
+    args = task.args
+    masker = load_checkpoint_model(args.mask_by, device=task.device)
+    weight, bias = weight.to(task.device, torch.float32), bias.to(task.device, torch.float32)
+
+    def logits_of(images: torch.Tensor) -> torch.Tensor:
+        x = probe_features(task.model, images, [form])[0].float()
+        with torch.autocast(x.device.type, enabled=False):  # the head in float32, as without masks
+            return nn.functional.linear(x, weight, bias)
+
+    with input_errors("--mask_by"):
+        found = masked.masked_accuracies(logits_of, masker.model, task.val, args.mask_ratios, task.extraction)
+    results = {f"{ratio:g}": {**row, "drop": unmasked - row["val_top1"]} for ratio, row in found.items()}
+    cells = [[ratio, row["val_top1"], row["val_top5"], row["drop"]] for ratio, row in results.items()]
+    say(records.table(["black patches", "val top-1", "val top-5", "drop of top-1"], cells))
+    return results, {"mask_by": str(args.mask_by), "mask_by_sha256": masker.sha256, "mask_ratios": args.mask_ratios}
 
 
 def run_logistic(task: Task) -> dict[str, Any]:

@@ -274,3 +274,35 @@ def test_bad_files_are_skipped_if_asked(checkpoint, small, tmp_path, capsys):
     assert "1 of 96 training images left out" in said
     assert "1 of 40 validation images left out" in said
     probe(*flags, "--on_bad_image", "skip", "--logistic")
+
+
+def test_masked_images_are_scored_beside_whole_ones(checkpoint, root, tmp_path, capsys):
+    """No black patches: the plain accuracy. All black: one answer for every image. The table tells the drop."""
+    masker = tiny_checkpoint(tmp_path / "masker" / "checkpoint.pth", mode="official", seed=1)
+    flags = ("--pretrained_weights", checkpoint, "--data_path", root, "--lr", 0.1)
+    probe(*flags)
+    probe(*flags, "--evaluate", "--mask_ratios", 0, 0.5, 1, "--mask_by", masker)
+    found = json.loads((checkpoint.parent / "eval_linear_saved.json").read_text())
+    scores, masked = found["results"], found["results"]["masked"]
+    assert list(masked) == ["0", "0.5", "1"]
+    assert masked["0"] == {"val_top1": scores["val_top1"], "val_top5": scores["val_top5"], "drop": 0}
+    assert masked["1"]["val_top1"] == 25  # of four classes with as many images each
+    assert masked["0.5"]["drop"] == scores["val_top1"] - masked["0.5"]["val_top1"]
+    assert found["settings"]["mask_by_sha256"]
+    assert "black patches" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--evaluate", "--mask_ratios", "0.5"], "give both, or neither"),
+        (["--evaluate", "--mask_by", "x.pth"], "give both, or neither"),
+        (["--mask_ratios", "0.5", "--mask_by", "x.pth"], "give --evaluate too"),
+        (["--evaluate", "--mask_ratios", "1.5", "--mask_by", "x.pth"], "--mask_ratios 1.5"),
+        (["--evaluate", "--mask_ratios", "nan", "--mask_by", "x.pth"], "--mask_ratios nan"),
+    ],
+)
+def test_flags_of_masked_images_come_together(checkpoint, root, flags, message):
+    """Ratios outside [0, 1] and half of the flags are refused before anything is loaded."""
+    with pytest.raises(InputError, match=message):
+        probe("--pretrained_weights", checkpoint, "--data_path", root, *flags)
