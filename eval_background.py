@@ -157,7 +157,9 @@ def find_head(args: argparse.Namespace, loaded: LoadedModel, channels: int) -> t
     weight, bias = weight.to(args.torch_device), bias.to(args.torch_device)
 
     def predict(images: Tensor) -> Tensor:
-        largest, answer = F.linear(features_of(images).float(), weight, bias).max(1)
+        x = features_of(images).float()
+        with torch.autocast(x.device.type, enabled=False):  # the head in float32, as eval_linear.py has it
+            largest, answer = F.linear(x, weight, bias).max(1)
         return torch.stack([answer.float(), largest], dim=1)  # what is not finite is found in the second column
 
     def score(source: ImageSource, name: str) -> tuple[float, int]:
