@@ -66,7 +66,7 @@ def write_gallery(tiles: Sequence[Tile], title: str, path: Path) -> Path:
         axis.set_ylim(height + 2, -3)
         axis.set_title(f"IoU {tile.iou:.2f}  {_printable(tile.name)}", fontsize=8)
     figure.suptitle(f"{title} (true boxes green, found boxes red)", fontsize=10)
-    write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
+    write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=90, format="png"))
     return path
 
 

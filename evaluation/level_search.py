@@ -105,6 +105,14 @@ class _Pieces:
                 yield index[start : start + PIECE].numpy(), maps[start : start + PIECE]
 
 
+def searched(
+    images: BoxedImages, pieces: Iterable[tuple[np.ndarray, np.ndarray]], num_workers: int, multi_contour: bool = True
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(index (n,), best boxes (n, 255, 4), finite (n,)) of pieces (index, maps (n, h, w)), in their order."""
+    for piece in build_loader(_Search(images, multi_contour), pieces, num_workers):
+        yield tuple(part.numpy() for part in piece)
+
+
 def search_levels(
     images: BoxedImages,
     maps_of: Callable[[Tensor], Tensor],
@@ -128,8 +136,7 @@ def search_levels(
     )  # fmt: skip
     batches = ((pixels.to(device, non_blocking=True), index) for pixels, index in loader)
     pieces = _Pieces(batches, len(share), maps_of)
-    results = build_loader(_Search(images, multi_contour), pieces, num_workers)
-    parts = [[part.numpy() for part in piece] for piece in progress(results, len(pieces), "boxes")]
+    parts = list(progress(searched(images, pieces, num_workers, multi_contour), len(pieces), "boxes"))
     empty = [np.empty(0, np.int64), np.empty((0, LEVELS - 1, 4), np.uint8), np.empty(0, bool)]
     index, boxes, finite = (np.concatenate([empty[c], *(part[c] for part in parts)]) for c in range(3))
     return LevelBoxes(images, index, boxes, sum(all_gather_objects(int((~finite).sum()))))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.boxed_images import boxed_folder
 from tests.small_images import small_root, tiny_checkpoint
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "run_scripts"
@@ -107,6 +108,24 @@ def test_one_command_runs_every_evaluation(cifar10, tmp_path):
     assert f"{knn['top1']:.2f}" in table
     for words in ("low-shot", "linear", "logistic"):
         assert words in table.lower(), table
+
+
+@pytest.mark.full
+def test_images_with_boxes_are_localised_by_the_same_command(tmp_path):
+    """On a VOC folder evaluate_all.sh leaves k-NN and probes out, and every protocol stands on its page."""
+    checkpoint = tiny_checkpoint(tmp_path / "run" / "checkpoint.pth")
+    data = boxed_folder(tmp_path / "VOC", count=4)
+    done = run("evaluate_all", str(checkpoint), str(data), BATCH="4", WORKERS="0", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "k-NN and probes are left out" in done.stdout
+    output = checkpoint.with_name("checkpoint-evaluation")
+    for protocol in ("maxboxacc", "dino_seg", "lost", "summary"):
+        assert (output / f"eval_localization_{protocol}.json").is_file()
+    page = (output / "report.html").read_text()
+    for words in ("MaxBoxAccV2 (4 images)", "DINO-seg (4 images)", "LOST (4 images)", "central box"):
+        assert words in page
+        assert words in done.stdout
+    assert page.count("_best") == 3
 
 
 def test_evaluating_without_arguments_shows_the_usage():

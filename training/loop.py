@@ -30,6 +30,7 @@ from training.method import Method
 from training.refused import RefusedSteps
 from training.run import Run, Wishes
 from training.state import check_same_run, load_training_state, model_config, training_state
+from training.untrained import evaluate_untrained
 from training.watch import result_lines
 
 
@@ -147,6 +148,9 @@ class Loop:
     def go(self, out: Outputs) -> bool:
         """Train to the end. Returns True once there, False if asked to stop (the state is then saved)."""
         self.out, run, args = out, self.run, self.run.args
+        untrained = self.step == 0 and args.eval_every and not args.init_from
+        if untrained and not evaluate_untrained(self.watch, len(self.train), self.folder, lambda: self.stop.requested):
+            return self.finish(done=False)
         while self.epoch < args.epochs:
             if not self.train_epoch():
                 return self.finish(done=False)

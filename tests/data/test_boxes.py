@@ -135,6 +135,8 @@ def test_nothing_to_evaluate_is_an_error(photographs):
     folder, _ = photographs
     with pytest.raises(InputError, match="no such file"):
         open_boxes(folder / "gone")
+    with pytest.raises(InputError, match="demo holds no boxes"):
+        open_boxes("demo")
     with pytest.raises(InputError, match=r"--annotations .* no such file"):
         open_boxes(folder, folder / "gone.json")
     (folder / "boxes.csv").write_text("a.jpg,,,,\n")
