@@ -108,6 +108,22 @@ def find_backbone(
     return {_current_name(name): value for name, value in weights.items() if ".aux_bn." not in name}, notes
 
 
+def find_classifier(
+    content: Mapping[str, Any], checkpoint_key: str, path: str | Path, width: int
+) -> tuple[Tensor, Tensor] | None:
+    """Weight (C, width) and bias (C,) of the linear classifier that lies with a backbone; None if there is none.
+
+    Raises ValueError as `find_backbone` does.
+    """
+    state, _ = _state_dict(content, checkpoint_key, path)
+    weights = without_prefix(without_prefix(state, "module."), "backbone.")
+    for name in ("head", "fc"):
+        weight, bias = weights.get(f"{name}.weight"), weights.get(f"{name}.bias")
+        if weight is not None and bias is not None and weight.shape == (len(bias), width):
+            return weight.float(), bias.float()
+    return None
+
+
 def without_prefix(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """The state under names without a wrapper's prefix, as in `module.` of DistributedDataParallel."""
     return {name.removeprefix(prefix): value for name, value in state.items()}

@@ -457,7 +457,7 @@ class VisionTransformer(PooledBackbone):
         """The pooling's attention (B, heads, h, w): the operator's, or the [CLS] row of the last block."""
         if self.mode != "official":
             return super().get_attention_map(x)
-        attention = self.get_last_selfattention(x)[:, :, 0, 1:]  # (B, heads, N)
+        attention = self.forward_dense(x)[2]  # (B, heads, N); a matrix (T, T) of each head would fill the memory
         return attention.unflatten(-1, self.patch_embed.grid(*x.shape[-2:]))
 
 

@@ -69,7 +69,7 @@ def read_rows(file: Path, split: str) -> list[tuple[str, str | None]]:
                 numbered = [(n, line) for n, line in enumerate(text, 1) if line.strip() and not line.startswith("#")]
                 table = [(n, _split_text_line(line)) for n, line in numbered]
             else:
-                table = _read_csv(file, text)
+                table = read_csv(file, text)
     except OSError as error:
         raise InputError(f"the list {file} can't be read: {error.strerror or error}") from error
     columns = {"path": 0, "label": 1}
@@ -89,7 +89,7 @@ def read_rows(file: Path, split: str) -> list[tuple[str, str | None]]:
     ]
 
 
-def _read_csv(file: Path, text) -> list[tuple[int, list[str]]]:
+def read_csv(file: Path, text) -> list[tuple[int, list[str]]]:
     """(line, cells) of each row that is not empty."""
     reader = csv.reader(text, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
     table = []

@@ -65,7 +65,7 @@ def mass_mask(attention: Tensor, threshold: float) -> Tensor:
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold {threshold}: give the part of the attention to keep, above 0 and at most 1")
     flat = attention.flatten(-2)
-    ordered, order = flat.sort(dim=-1, descending=True)
+    ordered, order = flat.sort(dim=-1, descending=True, stable=True)  # of equal ones the first
     before = ordered.cumsum(-1) - ordered  # what the patches before hold
     kept = before < threshold * flat.sum(-1, keepdim=True) * (1 - 1e-6)
     return torch.zeros_like(kept).scatter_(-1, order, kept).view(attention.shape)

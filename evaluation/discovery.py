@@ -12,6 +12,7 @@ Shapes: N = h * w patches, D width, M true boxes. Boxes are (x0, y0, x1, y1) in 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -43,27 +44,41 @@ def corloc(boxes: Sequence[Sequence[float]], truths: Sequence[Sequence[Sequence[
     return 100.0 * sum(hits) / len(hits)
 
 
+class Lost(NamedTuple):
+    """LOST's box in pixels, its seed patch, and the sum of similarities to the seeds, (N,): above 0 is object."""
+
+    box: tuple[float, float, float, float]
+    seed: int
+    scores: Tensor
+
+
 def lost_box(features: Tensor, grid: tuple[int, int], patch: int, image_size: tuple[int, int]) -> tuple:
     """LOST's box from the features (N, D) of the patches of one image.
 
     grid: (h, w) patches; image_size: (height, width), to which the box is cut. The N x N similarities exist in blocks
     only. Of patches with the same degree, the one with the lowest index comes first.
     """
+    return lost(features, grid, patch, image_size).box
+
+
+def lost(features: Tensor, grid: tuple[int, int], patch: int, image_size: tuple[int, int]) -> Lost:
+    """`lost_box` with what led to the box. Raises ValueError for shapes that don't fit and for non-finite features."""
     _check(features, grid, 2, patch)
     if min(image_size) <= 0:
         raise ValueError(f"image size {tuple(image_size)}: give its height and width in pixels")
     features = features.detach().float()
     degree = _degrees(features)
     order = degree.argsort(stable=True)
-    seed = order[0]
+    seed = int(order[0])
     candidates = order[:CANDIDATES]
     similar = features[candidates] @ features[seed] > 0
-    mask = (features @ features[candidates[similar]].T).sum(1) > 0
+    scores = (features @ features[candidates[similar]].T).sum(1)
+    mask = scores > 0
     mask[seed] = True  # true by arithmetic, unless its features are zero
     labels, _ = _label(mask.reshape(grid))
     height, width = image_size
-    x0, y0, x1, y1 = _pixel_box(labels == labels.reshape(-1)[int(seed)], patch)
-    return x0, y0, min(x1, width), min(y1, height)
+    x0, y0, x1, y1 = _pixel_box(labels == labels.reshape(-1)[seed], patch)
+    return Lost((x0, y0, min(x1, width), min(y1, height)), seed, scores.cpu())
 
 
 def _degrees(features: Tensor) -> Tensor:

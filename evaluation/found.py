@@ -17,6 +17,7 @@ from typing import Any
 
 from runtime.checkpoint import file_sha256
 
+MEAN, CORLOC = "mean of the three", "CorLoc"  # headers of the columns that sum a protocol up, besides top-1
 _LARGEST = 32 << 20  # bytes of a JSON; an evaluation's has some thousand
 _MOST = 200  # files
 _DEPTH = 2  # of folders below the run's
@@ -144,11 +145,45 @@ def _tables(name: str, content: Mapping[str, Any]) -> list[tuple[str, list[str],
             _two(results["val_top1"]),
             _two(results["val_top5"]),
         ]
-        return [("Saved linear head", ["file", "top-1", "top-5"], [cells])]
+        tables = [("Saved linear head", ["file", "top-1", "top-5"], [cells])]
+        masked = [[_short(r["hidden"]), _two(r["top1"]), _two(r["top5"])] for r in results.get("masked", [])]
+        return tables + (
+            [("With the most attended patches black", ["hidden", "top-1", "top-5"], masked)] * bool(masked)
+        )
     if name == "eval_logistic":
         cells = [_short(results["penalty"]), _two(results["top1"]), _two(results["top5"])]
         return [("Logistic regression on cached features", ["penalty", "top-1", "top-5"], [cells])]
+    if name == "eval_background":
+        kinds = [key for key, value in results.items() if isinstance(value, Mapping)]
+        rows = [[key, _two(results[key]["top1"])] for key in kinds]
+        rows += [["BG-gap", _two(results["bg_gap"])]] if "bg_gap" in results else []
+        return [(f"ImageNet-9 ({settings.get('classifier')})", ["variant", "top-1"], rows)]
+    if name.startswith("eval_localization_") and "baselines" in results:
+        return _localization(results, settings)
     return [(name.removeprefix("eval_").replace("_", " ").capitalize(), ["", ""], _numbers(results))]
+
+
+def _localization(
+    results: Mapping[str, Any], settings: Mapping[str, Any]
+) -> list[tuple[str, list[str], list[list[str]]]]:
+    """All images, and those with small objects, each beside the boxes that need no model."""
+    tables = []
+    for part, name in ((results, ""), (results["small"], ", small objects")):
+        if not part["images"]:
+            continue
+        rows = {"model": part, **part["baselines"]}
+        if "accuracy" in part:
+            kind = "MaxBoxAccV2" if settings.get("multi_contour", True) else "MaxBoxAcc, largest contour"
+            accuracies = [value.get("accuracy", value) for value in rows.values()]
+            header = ["box", "IoU 30", "IoU 50", "IoU 70", MEAN]
+            cells = [[_two(row[key]) for key in ("30", "50", "70", "mean")] for row in accuracies]
+        else:
+            kind = {"lost": "LOST", "dino_seg": "DINO-seg"}[settings["protocol"]]
+            header = ["box", CORLOC, "mean IoU"]
+            cells = [[_two(row["corloc"]), _two(row["mean_iou"])] for row in rows.values()]
+        title = f"{kind}{name} ({part['images']} images)"
+        tables.append((title, header, [[key, *row] for key, row in zip(rows, cells, strict=True)]))
+    return tables
 
 
 def _low_shot(low: Mapping[str, Any]) -> list[list[str]]:

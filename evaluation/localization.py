@@ -44,6 +44,11 @@ def quantise(scores: np.ndarray) -> np.ndarray:
     return (scores * np.float32(255)).astype(np.uint8)
 
 
+def levels_of_thresholds(top: int = LEVELS - 1) -> np.ndarray:
+    """The level at which each of the 1000 thresholds cuts an 8-bit map whose largest value is `top`."""
+    return (THRESHOLDS * top).astype(np.int64)
+
+
 def boxes_at_levels(score_map: np.ndarray, multi_contour: bool = True) -> list[np.ndarray]:
     """255 int arrays (n, 4) of boxes (x0, y0, x1, y1): entry t for the mask of the pixels above t of 255.
 
@@ -79,8 +84,8 @@ def max_box_curve(
         if wrong := [box for box in truths if len(box) != 4]:
             raise ValueError(f"image {number} has the box {tuple(wrong[0])}: give (x0, y0, x1, y1)")
         scores = score_map(map)
-        best = _best_overlap(boxes_at_levels(scores, multi_contour), _scaled(truths, size))
-        at = (THRESHOLDS * int(quantise(scores).max())).astype(np.int64)  # the level of each threshold
+        best, _ = best_at_levels(boxes_at_levels(scores, multi_contour), scaled_truths(truths, size))
+        at = levels_of_thresholds(int(quantise(scores).max()))
         for overlap in OVERLAPS:
             counts[overlap] += (best >= overlap / 100)[at]
     return counts
@@ -104,22 +109,28 @@ def max_box_accuracy(
     return accuracy
 
 
-def _scaled(truths: Sequence[Sequence[int]], size: tuple[int, int]) -> np.ndarray:
-    """True boxes (M, 4) in the pixels of the map, rounded down."""
+def scaled_truths(truths: Sequence[Sequence[float]], size: Sequence[int]) -> np.ndarray:
+    """True boxes (M, 4) of an image of `size` (width, height), in the pixels of the map, rounded down."""
     width, height = size
     sides = (width, height, width, height)
     return np.array([[int(x * SIDE / side) for x, side in zip(box, sides, strict=True)] for box in truths])
 
 
-def _best_overlap(levels: list[np.ndarray], truths: np.ndarray) -> np.ndarray:
-    """The best IoU of any box with any truth at each level (255,). Both corners belong to a box."""
+def inclusive_iou(boxes: np.ndarray, truths: np.ndarray) -> np.ndarray:
+    """(n, M) IoU of whole-numbered boxes (n, 4) and (M, 4). Both corners belong to a box."""
+    sides = np.minimum(boxes[:, None, 2:], truths[None, :, 2:]) - np.maximum(boxes[:, None, :2], truths[None, :, :2])
+    common = np.maximum(sides + 1, 0).prod(2)
+    area = (boxes[:, 2:] - boxes[:, :2] + 1).prod(1)[:, None] + (truths[:, 2:] - truths[:, :2] + 1).prod(1)[None]
+    return common / (area - common)
+
+
+def best_at_levels(levels: list[np.ndarray], truths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At each level the best IoU of any box with any truth, (255,), and the first box that has it, (255, 4)."""
     boxes = np.concatenate(levels)
-    best = np.zeros(len(boxes))
-    area = (boxes[:, 2:] - boxes[:, :2] + 1).prod(1)
-    for truth in truths:
-        sides = np.minimum(boxes[:, 2:], truth[2:]) - np.maximum(boxes[:, :2], truth[:2]) + 1
-        common = np.maximum(sides, 0).prod(1)
-        best = np.maximum(best, common / (area + (truth[2:] - truth[:2] + 1).prod() - common))
-    starts = np.cumsum([0, *(len(part) for part in levels[:-1])])
+    overlap = inclusive_iou(boxes, truths).max(1)
+    counts = [len(part) for part in levels]
+    starts = np.cumsum([0, *counts[:-1]])
     assert len(starts) == LEVELS - 1
-    return np.maximum.reduceat(best, starts)
+    best = np.maximum.reduceat(overlap, starts)
+    winners = np.flatnonzero(overlap == np.repeat(best, counts))
+    return best, boxes[winners[np.searchsorted(winners, starts)]]

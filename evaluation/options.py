@@ -70,13 +70,14 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser, many: bool = False) ->
              help="SimPool's minimum over each image or the batch; overrides the checkpoint")  # fmt: skip
 
 
-def add_run_flags(parser: argparse.ArgumentParser, batch_size: int = 128) -> None:
-    """Images, batches, numbers and processes."""
+def add_run_flags(parser: argparse.ArgumentParser, batch_size: int = 128, data: str | None = None) -> None:
+    """Images, batches, numbers and processes. data: help of --data_path, for programs that need no labelled split."""
     group = parser.add_argument_group("images and output")
     add_flag(group, "--data_path", default="/path/to/imagenet/",
-             help="root with train/ and val/, a list, tar shards, or demo")  # fmt: skip
-    add_flag(group, "--val_fraction", type=float, default=None,
-             help="images without a split: hold out this part of each class as val, such as 0.1")  # fmt: skip
+             help=data or "root with train/ and val/, a list, tar shards, or demo")  # fmt: skip
+    if data is None:
+        add_flag(group, "--val_fraction", type=float, default=None,
+                 help="images without a split: hold out this part of each class as val, such as 0.1")  # fmt: skip
     add_flag(group, "--on_bad_image", choices=ON_BAD_IMAGE, default="raise",
              help="raise: stop at a file that can't be used; skip: leave it out, and say how many were")  # fmt: skip
     add_flag(group, "--output_dir", default=None, help="folder for results (default: the checkpoint's)")
@@ -183,5 +184,6 @@ def check_side(args: argparse.Namespace, name: str) -> None:
 def check_run(args: argparse.Namespace) -> None:
     """The checks of what `add_run_flags` adds."""
     check_positive(args, "batch_size_per_gpu")
-    if args.val_fraction is not None and not 0 < args.val_fraction < 1:
-        raise InputError(f"--val_fraction {args.val_fraction:g}: give the part to hold out, between 0 and 1")
+    val_fraction = getattr(args, "val_fraction", None)
+    if val_fraction is not None and not 0 < val_fraction < 1:
+        raise InputError(f"--val_fraction {val_fraction:g}: give the part to hold out, between 0 and 1")

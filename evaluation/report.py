@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation import page, plots
+from evaluation import found, page, plots
 from evaluation.found import Evaluation, find_evaluations
 from evaluation.records import table
 from runtime.checkpoint import write_text_atomic
@@ -31,6 +31,8 @@ MAIN_SETTINGS = (
     "method", "arch", "mode", "gamma", "patch_size", "img_size", "data_path", "subset", "epochs", "batch_size_per_gpu",
     "global_batch_size", "optimizer", "lr", "recipe", "out_dim", "seed",
 )  # fmt: skip
+HEADLINES = ("top-1", found.CORLOC, found.MEAN)  # the columns that are compared
+COMPARED = "top-1 or as named, %"
 _LARGEST_PICTURE = 16 << 20  # bytes
 
 
@@ -63,6 +65,7 @@ def write_report(output_dir: str | Path, state: str | None = None, changed: Sequ
         raise ValueError(f"state {state!r}: one of {', '.join(STATES)}")
     problems: list[str] = []
     rows = _log(folder / "log.txt", problems)
+    untrained = _untrained(folder / "untrained.json", problems)
     config = _config(folder / "config.json", problems)
     evaluations = find_evaluations(folder)
     problems += [e.problem for e in evaluations if e.problem]
@@ -73,7 +76,7 @@ def write_report(output_dir: str | Path, state: str | None = None, changed: Sequ
     sections = [
         page.heading(_title(config, good, folder), state if is_run else None, facts),
         page.section("Results", _results(rows, good)),
-        page.section("Training", _curves(rows, config) if is_run else ""),
+        page.section("Training", _curves([*untrained, *rows], config) if is_run else ""),
         page.section("Attention", _pictures(folder, problems)),
         page.section("Settings that are not the defaults" if changed is not None else "Main settings",
                      _settings(config, changed if changed is not None else MAIN_SETTINGS)),
@@ -112,6 +115,16 @@ def last_sign_of_life(folder: Path) -> float | None:
     return max(times, default=None)
 
 
+def _untrained(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """The evaluation before the first epoch, as a row of the log; none without the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, ValueError, RecursionError) as error:
+        problems.append(f"{path.name} can't be read: {error}")
+        return []
+    return [{**content, "epoch": -1}] if isinstance(content, dict) else []
+
+
 def _facts(
     rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any], evaluations: Sequence[Evaluation], state: str,
     folder: Path,
@@ -137,7 +150,8 @@ def _facts(
         if latest.model("checkpoint_sha256"):
             facts.append(f"SHA-256 {latest.model('checkpoint_sha256')}")
         sizes = ", ".join(f"{data[key]} {what}" for key, what in
-                          (("train_images", "training"), ("val_images", "validation images"), ("classes", "classes"))
+                          (("train_images", "training"), ("val_images", "validation images"), ("classes", "classes"),
+                           ("images", "images"), ("boxes", "boxes"))
                           if key in data)  # fmt: skip
         facts.append(
             f"data: {data.get('data_path', data.get('load_features', 'unknown'))}" + (f" ({sizes})" if sizes else "")
@@ -218,25 +232,27 @@ def _results(rows: Sequence[Mapping[str, Any]], evaluations: Sequence[Evaluation
         parts.append("<h3>While training</h3>" + page.table(["top-1, %", "first", "last", "best"], online))
     columns, cells = comparison(evaluations)
     if cells:
-        parts.append("<h3>Evaluations</h3>" + page.table(["top-1, %", *columns], cells))
+        parts.append("<h3>Evaluations</h3>" + page.table([COMPARED, *columns], cells))
     return "".join(parts)
 
 
 def comparison(evaluations: Sequence[Evaluation]) -> tuple[list[str], list[list[str]]]:
-    """(labels, rows) of top-1: a row per evaluation and setting, a column per folder in the order of their dates."""
+    """(labels, rows) of top-1, CorLoc and the like: a row per evaluation and setting, a column per folder by date."""
     labels = list(dict.fromkeys(evaluation.label or "this folder" for evaluation in evaluations))
     values: dict[str, dict[str, str]] = {}
     for evaluation in evaluations:
         for title, header, rows in evaluation.tables:
-            if "top-1" not in header:
+            headline = next((name for name in HEADLINES if name in header), None)
+            if headline is None:
                 continue
-            top1 = header.index("top-1")
+            column = header.index(headline)
             for row in rows:
                 # the setting that was chosen (a head, a penalty) differs between models: one row for all of them
                 chosen = header[0] in ("head", "penalty", "file")
-                setting = ", ".join(f"{n} {v}" for n, v in zip(header[:top1], row, strict=False) if v)
+                setting = ", ".join(f"{n} {v}" for n, v in zip(header[:column], row, strict=False) if v)
+                setting = setting if headline == "top-1" else f"{headline}: {row[0]}"
                 name = title if chosen else f"{title}, {setting}"
-                values.setdefault(name, {})[evaluation.label or "this folder"] = row[top1]
+                values.setdefault(name, {})[evaluation.label or "this folder"] = row[column]
     return labels, [[name, *(found_here.get(label, "") for label in labels)] for name, found_here in values.items()]
 
 
@@ -248,14 +264,15 @@ def _curves(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> str
 
 
 def _pictures(folder: Path, problems: list[str]) -> str:
-    """Attention grids, and the sweeps' plots of the folder and those below it."""
-    paths = [*sorted(folder.glob("attention*.png")), *sorted(folder.glob("**/attention/grid.png"))[:4]]
+    """Attention grids and masks of the folder and those below it."""
+    paths = [*sorted(folder.glob("attention*.png")), *sorted(folder.glob("masks.png"))]
+    paths += [path for name in ("grid", "masks") for path in sorted(folder.glob(f"**/attention/{name}.png"))[:4]]
     parts = []
     for path in paths[:8]:
         try:
             if path.stat().st_size <= _LARGEST_PICTURE and path.is_file():
                 parts.append(
-                    f"<h3>{page.text(path.relative_to(folder))}</h3>" + page.wide(path.read_bytes(), "attention")
+                    f"<h3>{page.text(path.relative_to(folder))}</h3>" + page.wide(path.read_bytes(), path.stem)
                 )
         except OSError as error:
             problems.append(f"{path} can't be read: {error.strerror or error}")
@@ -276,9 +293,10 @@ def _last_row(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 def _detail(evaluation: Evaluation) -> str:
     """One evaluation in full: its tables, its plot, its images and settings."""
     tables = "".join(f"<h3>{page.text(title)}</h3>{page.table(head, rows)}" for title, head, rows in evaluation.tables)
-    picture = evaluation.path.with_suffix(".png")
-    if picture.is_file() and not picture.is_symlink() and picture.stat().st_size <= _LARGEST_PICTURE:
-        tables += page.wide(picture.read_bytes(), "linear probes by learning rate")
+    for suffix in ("", "_best", "_worst"):
+        picture = evaluation.path.with_name(f"{evaluation.path.stem}{suffix}.png")
+        if picture.is_file() and not picture.is_symlink() and picture.stat().st_size <= _LARGEST_PICTURE:
+            tables += page.wide(picture.read_bytes(), picture.stem)
     facts = {"date": evaluation.content.get("date")}
     for part in ("model", "data", "settings"):
         known = evaluation.content.get(part)
@@ -302,4 +320,4 @@ def summary(folder: str | Path) -> str:
     good = [e for e in find_evaluations(folder) if not e.problem]
     labels, rows = comparison(good)
     facts = _facts([], {}, good, "done", folder)[:-1]
-    return "\n".join([_title({}, good, folder), *facts, "", table(["top-1, %", *labels], rows)])
+    return "\n".join([_title({}, good, folder), *facts, "", table([COMPARED, *labels], rows)])

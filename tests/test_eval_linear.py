@@ -105,6 +105,41 @@ def test_a_saved_head_is_evaluated_with_its_checkpoint_only(checkpoint, root, tm
               tmp_path / "published.pth.tar")  # fmt: skip
 
 
+def test_a_head_is_tried_on_images_without_their_attended_patches(checkpoint, root, tmp_path):
+    """Nothing hidden repeats the accuracy, everything hidden gives every image one class; the JSON holds both."""
+    flags = ("--pretrained_weights", checkpoint, "--data_path", root, "--output_dir", tmp_path)
+    probe(*flags, "--lr", 0.1, 1)
+    looker = tiny_checkpoint(tmp_path / "looker.pth", seed=1)
+    probe(*flags, "--evaluate", "--mask_ratios", 0, 0.5, 1, "--mask_by", looker)
+    found = results(tmp_path, "eval_linear_saved")
+    nothing, half, everything = (row["top1"] for row in found["masked"])
+    assert nothing == found["val_top1"] == pytest.approx(results(tmp_path)["selected"]["val_top1"])
+    assert everything == 25.0  # of four classes of equal size
+    assert 0 <= half <= 100
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--evaluate", "--mask_ratios", 0.5], "--mask_by"),
+        (["--mask_ratios", 0.5, "--mask_by", "x.pth"], "--evaluate"),
+        (["--evaluate", "--mask_ratios", 1.5, "--mask_by", "x.pth"], "1.5"),
+        (["--evaluate", "--mask_ratios", 0.5, "--mask_by", "x.pth"], "x.pth"),
+    ],
+)
+def test_bad_masks_are_one_line(checkpoint, root, tmp_path, flags, words):
+    """Each error names what is missing or wrong."""
+    shutil.copy(_saved_head(checkpoint, tmp_path), tmp_path / "best.pth.tar")
+    with pytest.raises(InputError, match=words):
+        probe("--pretrained_weights", checkpoint, "--data_path", root, "--output_dir", tmp_path, *flags)
+
+
+def _saved_head(checkpoint, folder):
+    state = {"module.linear.weight": torch.zeros(4, 24), "module.linear.bias": torch.zeros(4)}
+    torch.save({"epoch": 1, "state_dict": state}, folder / "head.pth.tar")
+    return folder / "head.pth.tar"
+
+
 def test_a_published_head_is_read(checkpoint, root, tmp_path):
     """A head under the published names is validated, and may have more outputs than there are classes."""
     state = {"module.linear.weight": torch.zeros(10, 24), "module.linear.bias": torch.arange(10.0).flip(0)}

@@ -18,7 +18,8 @@ LEVELS = {
     "evaluation": 4,
     "utils": 5, "training": 5,
     "main_dino": 6, "main_attmask": 6, "main_supervised": 6, "tools": 6,
-    "eval_knn": 6, "eval_linear": 6, "visualize_attention": 6, "hubconf": 6,
+    "eval_knn": 6, "eval_linear": 6, "eval_localization": 6, "eval_background": 6, "visualize_attention": 6,
+    "hubconf": 6,
     "benchmarks": 7, "experiments": 7, "run_scripts": 7,
 }  # fmt: skip
 MODELS = ("vision_transformer", "resnet_simpool", "convnext_simpool", "timm_backbone")
@@ -27,7 +28,8 @@ OPERATORS = ("base", "choose", "clusters", "gates", "how", "otk", "shapes", "sim
 POOLINGS = tuple(f"poolings.{name}" for name in OPERATORS)
 BACKBONE_FILES = ("sp", *POOLINGS, "pooled_backbone", *READING, *MODELS, "backbones", "distill.heads", "hubconf")
 PROGRAMS = (
-    "main_dino", "main_attmask", "main_supervised", "eval_knn", "eval_linear", "visualize_attention", "hubconf",
+    "main_dino", "main_attmask", "main_supervised", "eval_knn", "eval_linear", "eval_localization", "eval_background",
+    "visualize_attention", "hubconf",
 )  # fmt: skip
 
 

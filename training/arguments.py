@@ -20,6 +20,7 @@ from runtime.cli import (
 from runtime.guards import InputError, input_errors
 from runtime.saver import NEWEST
 from training import recipes
+from training.backbone import initial_settings
 from training.method import Method
 
 # Arguments that may change between two starts of one run, because they do not affect its mathematics. The number of
@@ -50,6 +51,10 @@ def parse(program: str, method: Method, doc: str, argv: list[str] | None) -> arg
             if key not in sources:
                 setattr(args, key, value)
                 sources[key] = "config"
+    if args.init_from:
+        for key, value in initial_settings(args.init_from, sources.keys()).items():
+            setattr(args, key, value)
+            sources[key] = "init_from"
     return resolve(args, method, sources)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -25,6 +26,26 @@ def build_backbone(args: argparse.Namespace, **settings: Any) -> nn.Module:
     described["pooling_args"] = read_settings(args.pooling_args)
     described["pool_position"] = args.pool_position or "before"
     return backbones.build_backbone(**described, **settings)
+
+
+def initial_settings(path: str, given: Collection[str]) -> dict[str, Any]:
+    """What the file of --init_from tells of its model, except the image size and what is `given`, as flags' values.
+
+    Raises InputError if the model needs a setting that is neither in the file nor given.
+    """
+    with input_errors():
+        content = pretrained.read(path)
+        found = pretrained.interpret(content, path, "student" if "student" in content else "teacher")
+    missing = [f"--{key}" for key in found.unknown if key not in given]
+    if missing:
+        raise InputError(f"--init_from {path} does not tell {' or '.join(missing)}; give {' '.join(missing)}")
+    settings = {key: value for key, value in found.settings.items() if key in pretrained.MODEL_KEYS}
+    if settings.get("mode", "official") != "official":
+        settings.setdefault("pool_position", "before")  # of files from before there was a choice
+    if "pooling_args" in settings:  # as the flag has them
+        values = {k: v if isinstance(v, list | tuple) else [v] for k, v in settings["pooling_args"].items()}
+        settings["pooling_args"] = [f"{key}={','.join(map(str, value))}" for key, value in values.items()]
+    return {key: value for key, value in settings.items() if key not in (*given, "img_size")}
 
 
 def pooling_config(backbone: nn.Module) -> dict[str, Any]:

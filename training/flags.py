@@ -126,8 +126,8 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     add_flag(group, "--checkpoint_every_minutes", type=float, default=0, help="minutes between saves; 0: epochs only")
     add_flag(group, "--keep_checkpoints", type=int, default=2, help="number of the newest saves to keep as a fallback")
     add_flag(group, "--keep_best", type=bool_flag, default=False,
-             help="keep the checkpoint with the best evaluation as best.pth: top-1 of k-NN with the first --nb_knn, or "
-                  "of the average in supervised training")  # fmt: skip
+             help="keep the checkpoint with the best evaluation as best.pth: top-1 of k-NN with the first k, or of the "
+                  "average in supervised training")  # fmt: skip
     add_flag(group, "--max_failed_saves", type=int, default=5, help="consecutive failed saves before the run stops")
     add_flag(group, "--max_bad_steps", type=int, default=5, help="consecutive refused steps before the run stops")
     add_flag(group, "--allow_changed_args", type=bool_flag, default=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -15,10 +16,11 @@ from runtime.guards import InputError
 KNN = {"knn": [{"k": 10, "temperature": 0.07, "top1": 61.25, "top5": 90.0}]}
 
 
-def write_evaluation(folder, name, results, checkpoint=None, sha=None, date="2026-01-01"):
+def write_evaluation(folder, name, results, checkpoint=None, sha=None, date="2026-01-01", settings=None):
     folder.mkdir(parents=True, exist_ok=True)
     model = {"checkpoint": checkpoint, "checkpoint_sha256": sha, "config": {"arch": "vit_tiny", "mode": "simpool"}}
-    content = {"date": date, "model": model, "data": {"data_path": "/images"}, "settings": {}, "results": results}
+    content = {"date": date, "model": model, "data": {"data_path": "/images"}, "settings": settings or {},
+               "results": results}  # fmt: skip
     (folder / f"{name}.json").write_text(json.dumps(content))
 
 
@@ -81,6 +83,27 @@ def test_evaluations_are_found_where_they_lie(tmp_path):
     assert name == "k-NN, k 10, temperature 0.07"
     assert (columns[0], values[0]) == ("before", "11.11")
     assert (columns[-1], values[-1]) == ("after", "22.22")
+
+
+def test_localization_and_backgrounds_are_compared_too(tmp_path):
+    """MaxBoxAccV2, CorLoc and ImageNet-9 stand in the comparison, baselines and small objects apart, with pictures."""
+    accuracy = {"30": 80.0, "50": 60.0, "70": 40.0, "mean": 61.21}
+    box = {"images": 7, "accuracy": accuracy, "baselines": {"whole image": {**accuracy, "mean": 33.3}}}
+    write_evaluation(tmp_path, "eval_localization_maxboxacc", {**box, "small": {"images": 0}})
+    found = {"images": 9, "corloc": 52.5, "mean_iou": 0.5}
+    part = {**found, "baselines": {"whole image": {**found, "corloc": 11.5}}}
+    write_evaluation(tmp_path, "eval_localization_lost", {**part, "small": {**part, "images": 3, "corloc": 22.75}},
+                     settings={"protocol": "lost"})  # fmt: skip
+    variants = {"original": {"top1": 91.5}, "mixed_same": {"top1": 80.25}, "bg_gap": 9.125}
+    write_evaluation(tmp_path, "eval_background", variants, settings={"classifier": "knn"})
+    (tmp_path / "eval_localization_lost_worst.png").write_bytes(b"PNG of the worst")
+    text, summary = report.write_report(tmp_path).read_text(), report.summary(tmp_path)
+    for words in ("MaxBoxAccV2 (7 images), mean of the three: model", "61.21", "33.30",
+                  "LOST (9 images), CorLoc: whole image", "11.50", "LOST, small objects (3 images)", "22.75",
+                  "ImageNet-9 (knn), variant BG-gap", "91.50", "9.12"):  # fmt: skip
+        assert words in text
+        assert words in summary
+    assert base64.b64encode(b"PNG of the worst").decode() in text
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ MUTATIONS = [
         ("penalty_chosen_on_its_training_part", "_top(train[held_out], labels[held_out], start)",
          "_top(train[keep], labels[keep], start)",
          f"{LOGISTIC}::test_the_penalty_is_scored_on_images_that_it_was_not_fitted_on"),
-        ("test_set_standardised_by_itself", "standardise(test_features.to(train.device))",
+        ("test_set_standardised_by_itself", "fitted.standardise(test_features.to(device))",
          "((test_features - test_features.mean(0)) / test_features.std(0))",
          f"{LOGISTIC}::test_the_test_set_is_standardised_as_the_training_set_is"),
     ),
