@@ -68,7 +68,8 @@ def max_box_outcome(found: LevelBoxes) -> Outcome:
     few = index[small[index]]
     outcome.results = max_box_results(curves, images, index)
     outcome.results["small"] = max_box_results(found.curves(small), images, few) if len(few) else {"images": 0}
-    outcome.results |= {"boxes_at_threshold": round(float(THRESHOLDS[row]), 3), "not_finite": found.not_finite}
+    outcome.results |= {"boxes_at_threshold": round(float(THRESHOLDS[row]), 3), "not_finite": found.not_finite,
+                        "flat": found.flat}  # fmt: skip
     return outcome
 
 

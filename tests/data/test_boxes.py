@@ -120,6 +120,21 @@ def test_a_tar_gives_the_images_and_boxes_of_its_folder(tmp_path):
         np.testing.assert_array_equal(packed.source.load(i), plain.source.load(i))
 
 
+def test_boxes_of_images_in_shards_come_from_annotations(photographs, tmp_path_factory):
+    """A folder of tar shards, or one of them, with a CSV that names some of their images."""
+    folder, sizes = photographs
+    root = tmp_path_factory.mktemp("shards")
+    with tarfile.open(root / "val-000000.tar", "w") as tar:
+        for name in "abc":
+            tar.add(folder / f"{name}.jpg", f"cat/{name}.jpg")
+    csv = folder / "some.csv"
+    csv.write_text("cat/c.jpg,1,2,3,4\na.jpg,1,2,3,4\n")
+    for place in (root, root / "val-000000.tar"):
+        images = open_boxes(place, csv)
+        assert [tuple(size) for size in images.sizes.tolist()] == [sizes["c"], sizes["a"]]
+        assert images.left_out == {"without_boxes": 1, "bad": 0}
+
+
 def test_a_fingerprint_tells_other_boxes_and_other_images(photographs):
     """One changed corner changes it."""
     folder, _ = photographs
