@@ -3,7 +3,7 @@
     python eval_linear.py --pretrained_weights output/checkpoint.pth --data_path /path/to/imagenet
     torchrun --nproc_per_node 8 eval_linear.py --pretrained_weights ... --data_path ... --lr 0.001 0.01 0.1
     python eval_linear.py --pretrained_weights ... --data_path ... --evaluate          # a saved head
-    python eval_linear.py --pretrained_weights ... --data_path ... --evaluate --mask_ratios 0.1 0.5 --mask_by dino.pth
+    python eval_linear.py ... --evaluate --mask_ratios 0.1 0.3 --mask_by dino.pth      # without what DINO attends to
     python eval_linear.py --pretrained_weights ... --data_path ... --logistic          # an answer in seconds
 
 Without --lr twelve learning rates are tried, from 1e-4 to 30 per 256 images, which covers ViTs, ResNets and small
@@ -28,7 +28,19 @@ from torch import nn
 from data.parts import Part
 from data.sampler import TrainSampler
 from data.source import ImageSource
-from evaluation import cached, features, heads, identity, labelled, linear, logistic, masked, options, records, report
+from evaluation import (
+    cached,
+    features,
+    heads,
+    identity,
+    labelled,
+    linear,
+    logistic,
+    occlusion,
+    options,
+    records,
+    report,
+)  # fmt: skip
 from evaluation.crops import build_probe_loader
 from evaluation.forms import Form, default_forms, form_widths, probe_features
 from evaluation.linear import LinearClassifier, Probe
@@ -70,9 +82,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_flag(group, "--linear_weights", default=None, metavar="FILE",
              help="the head of --evaluate, ours or published (default: best.pth.tar of --output_dir)")  # fmt: skip
     add_flag(group, "--mask_ratios", type=float, nargs="+", default=None,
-             help="with --evaluate: also on images with these parts of their patches black")  # fmt: skip
-    add_flag(group, "--mask_by", default=None, metavar="CHECKPOINT",
-             help="the model whose attention chooses those patches, the most attended first")  # fmt: skip
+             help="with --evaluate: also with these parts of the patches black, the most attended ones")  # fmt: skip
+    add_flag(group, "--mask_by", default=None, metavar="CHECKPOINT", help="the model whose attention decides on them")
     add_flag(group, "--logistic", action="store_true",
              help="logistic regression on features without augmentation, by L-BFGS")  # fmt: skip
     options.add_checkpoint_flags(parser)
@@ -101,7 +112,7 @@ def eval_linear(args: argparse.Namespace) -> dict[str, Any]:
     for name, check in (("lr", options.check_above_zero), ("n_last_blocks", options.check_positive)):
         if getattr(args, name) is not None:
             check(args, name)
-    check_masks(args)
+    check_masking(args)
     folder = records.output_folder(args.output_dir, args.pretrained_weights)
     init_distributed_mode(args)
     task = prepare(args, folder)
@@ -110,14 +121,15 @@ def eval_linear(args: argparse.Namespace) -> dict[str, Any]:
     return run_saved(task) if args.evaluate else run_sweep(task)
 
 
-def check_masks(args: argparse.Namespace) -> None:
-    """Raise InputError unless the flags of masked images come together, and with --evaluate."""
+def check_masking(args: argparse.Namespace) -> None:
+    """Raise InputError for flags of masked images that don't go together."""
     if (args.mask_ratios is None) != (args.mask_by is None):
-        raise InputError("--mask_ratios and --mask_by belong together: give both, or neither")
-    if args.mask_ratios is not None:
-        if not args.evaluate or args.logistic:
-            raise InputError("--mask_ratios tests a saved head: give --evaluate too, and not --logistic")
-        masked.check_ratios(args.mask_ratios)
+        raise InputError("--mask_ratios and --mask_by belong together: which parts to hide, and by whose attention")
+    if args.mask_ratios is not None and not args.evaluate:
+        raise InputError("--mask_ratios hides parts of validation images from a saved head: give --evaluate too")
+    wrong = [ratio for ratio in args.mask_ratios or [] if not 0 <= ratio <= 1]
+    if wrong:
+        raise InputError(f"--mask_ratios {wrong[0]:g}: give parts of the patches from 0 to 1")
 
 
 # ---- model and data -------------------------------------------------------------------------------------------------
@@ -324,35 +336,46 @@ def run_saved(task: Task) -> dict[str, Any]:
     probe = Probe([width], [form], [1.0], head.weight.shape[0], 256, task.device)
     probe.groups[0].weight.copy_(head.weight[None])
     probe.groups[0].bias.copy_(head.bias[None])
-    top1, top5, loss = task.cache(task.val, [form], "validation features").count(probe)[0].tolist()
-    say(records.table(["head", "val top-1", "val top-5"], [[str(path), top1, top5]]))
     settings = {"linear_weights": str(path), "n_last_blocks": form.n, "avgpool_patchtokens": form.avgpool}
-    results: dict[str, Any] = {"val_top1": top1, "val_top5": top5, "val_loss": loss}
-    if args.mask_ratios:
-        results["masked"], masking = run_masked(task, form, head.weight, head.bias, top1)
-        settings |= masking
-    return task.write("eval_linear_saved", settings, results)
+    if args.mask_ratios is None:
+        top1, top5, loss = task.cache(task.val, [form], "validation features").count(probe)[0].tolist()
+        say(records.table(["head", "val top-1", "val top-5"], [[str(path), top1, top5]]))
+        masked = {}
+    else:
+        looker = load_looker(task)
+        settings |= {"mask_by": str(looker.path), "mask_by_sha256": looker.sha256}
+        (top1, top5, loss), *rest = masked_counts(task, form, width, probe, looker.model)
+        rows = [{"hidden": r, "top1": a, "top5": b} for r, (a, b, _) in zip(args.mask_ratios, rest, strict=True)]
+        table = [["0", top1, top5, 0.0], *([f"{r['hidden']:g}", r["top1"], r["top5"], r["top1"] - top1] for r in rows)]
+        say(records.table(["hidden", "val top-1", "val top-5", "change"], table))
+        masked = {"masked": rows}
+    return task.write("eval_linear_saved", settings, {"val_top1": top1, "val_top5": top5, "val_loss": loss} | masked)
 
 
-def run_masked(
-    task: Task, form: Form, weight: torch.Tensor, bias: torch.Tensor, unmasked: float
-) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
-    """Accuracy of a head on images without what --mask_by attends to most, and what made the masks."""
-    args = task.args
-    masker = load_checkpoint_model(args.mask_by, device=task.device)
-    weight, bias = weight.to(task.device, torch.float32), bias.to(task.device, torch.float32)
+def load_looker(task: Task) -> LoadedModel:
+    """The model of --mask_by. Raises InputError if it has no attention map, or takes other images."""
+    path, size = task.args.mask_by, task.extraction["img_size"]
+    looker = load_checkpoint_model(path, checkpoint_key=task.args.checkpoint_key, device=task.device)
+    channels = options.channels(task.loaded.config)
+    if options.channels(looker.config) != channels:
+        raise InputError(
+            f"--mask_by {path}: it takes images of {options.channels(looker.config)} channels, not {channels}"
+        )
+    with input_errors(f"--mask_by {path} can't decide what to hide"), torch.no_grad():
+        looker.model.get_attention_map(torch.zeros(1, channels, size, size, device=task.device))
+    return looker
 
-    def logits_of(images: torch.Tensor) -> torch.Tensor:
-        x = probe_features(task.model, images, [form])[0].float()
-        with torch.autocast(x.device.type, enabled=False):  # the head in float32, as without masks
-            return nn.functional.linear(x, weight, bias)
 
-    with input_errors("--mask_by"):
-        found = masked.masked_accuracies(logits_of, masker.model, task.val, args.mask_ratios, task.extraction)
-    results = {f"{ratio:g}": {**row, "drop": unmasked - row["val_top1"]} for ratio, row in found.items()}
-    cells = [[ratio, row["val_top1"], row["val_top5"], row["drop"]] for ratio, row in results.items()]
-    say(records.table(["black patches", "val top-1", "val top-5", "drop of top-1"], cells))
-    return results, {"mask_by": str(args.mask_by), "mask_by_sha256": masker.sha256, "mask_ratios": args.mask_ratios}
+def masked_counts(task: Task, form: Form, width: int, probe: Probe, looker: nn.Module) -> list[list[float]]:
+    """[top-1, top-5, loss] of a head on val as it is, then with each of --mask_ratios hidden, in one pass."""
+    count = 1 + len(task.args.mask_ratios)
+    forward = occlusion.at_every_ratio(
+        lambda images: probe_features(task.model, images, [form])[0], looker, task.args.mask_ratios
+    )
+    found = cached.cache(
+        task.model, task.val, [form] * count, [width] * count, task.extraction, "validation features", forward=forward
+    )
+    return [cached.Cached([part], found.labels).count(probe)[0].tolist() for part in found.features]
 
 
 def run_logistic(task: Task) -> dict[str, Any]:

@@ -4,8 +4,9 @@
     model = torch.hub.load("PATH_OR_REPOSITORY", "resnet50", pretrained="checkpoint.pth", checkpoint_key="teacher")
 
 Each entry point takes build_backbone's keywords, and `pretrained`, a path or URL of weights. Without it the model is
-randomly initialised and nothing is downloaded. The weights may be a training checkpoint (ours or a published one) or a
-plain state dict; no code in the file is executed.
+randomly initialised and nothing is downloaded. The other poolings have no names of their own: `vit_small` builds them
+with mode="gem", or from a file that records one. The weights may be a training checkpoint (ours or a published one) or
+a plain state dict; no code in the file is executed.
 
 A hub user's own modules may be named utils, data or runtime, so nothing here imports ours. torch.hub lists every public
 callable of this file, so the names of imported callables begin with an underscore.
@@ -31,9 +32,10 @@ dependencies = ["torch"]
 
 def _entry_point(
     arch: str,
-    mode: str,
+    named_mode: str,
     pretrained: str | None = None,
     checkpoint_key: str = "teacher",
+    mode: str | None = None,
     **settings: typing.Any,
 ) -> nn.Module:
     """A backbone that returns features (B, num_features).
@@ -41,6 +43,7 @@ def _entry_point(
     Args:
         pretrained: path or http(s) URL of weights; None for random ones.
         checkpoint_key: which weights of a training checkpoint, "teacher" or "student".
+        mode: a pooling other than the one that the entry point is named for.
         settings: build_backbone's keywords (gamma, patch_size, img_size, num_classes ...). Those not given are taken
             from the file: every setting that it records, or that follows from the shapes of its weights.
 
@@ -49,20 +52,23 @@ def _entry_point(
             don't fit, or lacks a setting, which must then be given.
         OSError: if the file or the URL cannot be opened.
     """
+    if named_mode == "simpool" and mode not in (None, "simpool"):
+        raise ValueError(f"{arch}_simpool is not for mode {mode}; use {arch} with mode={mode!r}")
     if pretrained is None:
-        return _build_backbone(arch, mode, **settings)
+        return _build_backbone(arch, mode or named_mode, **settings)
     found = _pretrained.open_pretrained(_local(pretrained), checkpoint_key)
     recorded = dict(found.settings)
     resized = arch in ALIASES.values() and "embed_dim" in recorded  # a ViT of custom size loads under any ViT's name
-    for name, wanted in (("arch", arch), ("mode", mode)):
-        value = recorded.pop(name, wanted)
-        if ALIASES.get(value, value) != wanted and not (name == "arch" and resized):
-            raise ValueError(
-                f"the weights in {pretrained} are for {name} {value}, not {wanted}; check the entry point's name"
-            )
-    missing = [name for name in found.unknown if name not in settings]
+    there = recorded.pop("arch", arch)
+    if ALIASES.get(there, there) != arch and not resized:
+        raise ValueError(f"the weights in {pretrained} are for arch {there}, not {arch}; check the entry point's name")
+    given = settings if mode is None else {"mode": mode, **settings}
+    missing = [name for name in found.unknown if name not in given]
     if missing:
-        raise ValueError(f"{pretrained} does not tell {', '.join(missing)}; give it by name, as in {missing[0]}=3")
+        raise ValueError(
+            f"{pretrained} does not tell {', '.join(missing)}; give it by name, as in {_EXAMPLES[missing[0]]}"
+        )
+    mode = _mode_of(recorded.pop("mode", mode), named_mode, mode, pretrained)
     if mode != "simpool":
         recorded.pop("gamma", None)
     settings = {**recorded, **settings}
@@ -71,6 +77,22 @@ def _entry_point(
     model = _build_backbone(arch, mode, **settings)
     _pretrained.load_weights(model, found.weights, pretrained)
     return model
+
+
+_EXAMPLES = {
+    "num_heads": "num_heads=3", "mode": 'mode="gap"', "gamma": "gamma=1.25", "pool_position": 'pool_position="after"',
+    "pooling_args": 'pooling_args={"p": 2}',
+}  # fmt: skip
+
+
+def _mode_of(there: str, named: str, asked: str | None, path: str) -> str:
+    """The file's mode, if it is the one asked for, or, by default, one that the entry point's name allows."""
+    fits = there == asked if asked is not None else there == named or (named == "official" and there != "simpool")
+    if not fits:
+        raise ValueError(
+            f"the weights in {path} are for mode {there}, not {asked or named}; check the entry point's name and mode"
+        )
+    return there
 
 
 def _local(source: str) -> str:

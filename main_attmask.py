@@ -40,7 +40,7 @@ from training.masking import MaskedBatch, MaskedViews
 from training.method import Method
 from training.plan import make_plan
 from training.run import NO_WISHES, Means, Run, Wishes, choose_hardware, common_schedules
-from training.watch import TeacherWatch
+from training.watch import TeacherWatch, shown_images
 
 __all__ = ["get_args_parser", "iBOTLoss", "train_attmask"]
 
@@ -141,8 +141,9 @@ class MaskWatch(TeacherWatch):
         drawn = super().pictures(folder)
         if self._probe is None:
             return drawn
-        return [*drawn, mask_figure(self.run.whole_teacher().backbone, self._shown(), folder / "masks.png",
-                                    max(self.run.args.pred_ratio), self.run.args.show_max)]  # fmt: skip
+        images, args = shown_images(self.run.args, self._probe), self.run.args
+        return [*drawn, mask_figure(self.run.whole_teacher().backbone, images, folder / "masks.png",
+                                    max(args.pred_ratio), args.show_max)]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ flags

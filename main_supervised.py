@@ -200,6 +200,8 @@ def _check(args: argparse.Namespace) -> None:
     at_least_one(args, "num_classes", optional=True)
     at_most(args, num_classes=10_000_000)
     transforms.complete(args)
+    if args.pool_position is None and args.mode != "official" and backbones.family(args.arch) == "vit":
+        args.pool_position, args.sources["pool_position"] = "after", "as published for labels"
     for key in ("smoothing", "drop_rate", "model_ema_decay"):
         if not 0 <= getattr(args, key) < 1:
             raise InputError(f"--{key} {getattr(args, key)}: must be from 0 to below 1")

@@ -10,7 +10,8 @@ Layouts that are read:
     {"state_dict": weights}, {"model": weights}, or the weights alone
 
 A setting comes from our `config`, else from the published `args`, else from the names and shapes of the weights. What
-none of them tells (the number of attention heads leaves no trace in any shape) is listed as `unknown`.
+none of them tells is listed as `unknown`: the number of attention heads leaves no trace in any shape, nor does gamma in
+a SimPool ViT without beta, or which operator pooled a ViT that has neither [CLS] nor SimPool.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ from torch import Tensor, nn
 from torchfile import read as torchfile
 
 # What belongs to the model that a file holds, in the order in which it is told.
-MODEL_KEYS = ("arch", "mode", "gamma", "patch_size", "img_size", "in_chans", "embed_dim", "depth", "num_heads")
+MODEL_KEYS = (
+    "arch", "mode", "gamma", "patch_size", "img_size", "in_chans", "embed_dim", "depth", "num_heads",
+    "use_beta", "pool_position", "pool_depth", "pooling_args",
+)  # fmt: skip
 POLICY_KEYS = ("pos_embed_policy", "value_min")
 NEWEST_FORMAT = 2  # of the checkpoints that this code knows; files without `format` are older
 
@@ -232,15 +236,47 @@ def recorded_settings(
             )
         recorded = _checked(config, path)
         _compare(recorded, seen, path)
-        settings = {**_named(seen), **recorded} if "arch" not in recorded else recorded
+        told = _named(seen) if "arch" not in recorded else {key: seen[key] for key in ("mode",) if key in seen}
+        settings = {**told, **recorded}
         heads_known = "arch" in recorded or "num_heads" in recorded
     else:
-        recorded = _checked(args if isinstance(args, dict) else {}, path)
+        flags = dict(args) if isinstance(args, dict) else {}
+        texts = flags.pop("pooling_args", None)  # as on a command line; the config has them as values
+        recorded = _checked(flags, path)
         settings = _published(recorded, seen, notes, path)
         # Our own arguments have the key even if its value is None, the architecture's; the published have no such flag.
         heads_known = isinstance(args, dict) and "num_heads" in args
-    unknown = () if heads_known or not _needs_heads(seen) or "num_heads" in settings else ("num_heads",)
-    return settings, unknown, notes
+    asked = [] if heads_known or not _needs_heads(seen) or "num_heads" in settings else ["num_heads"]
+    if not isinstance(config, dict) and texts:
+        asked.append("pooling_args")
+    if "mode" not in settings:
+        asked.append("mode")
+    elif not isinstance(config, dict) and _without_beta(seen):
+        asked += _of_a_pooling_without_beta(settings, recorded, content)
+    return settings, tuple(asked), notes
+
+
+def _without_beta(seen: Mapping[str, Any]) -> bool:
+    """Whether these are the weights of a SimPool ViT that has no beta."""
+    return seen.get("mode") == "simpool" and seen.get("beta") is False
+
+
+def _of_a_pooling_without_beta(
+    settings: dict[str, Any], recorded: Mapping[str, Any], content: Mapping[str, Any]
+) -> list[str]:
+    """Complete the settings of a published SimPool ViT without beta; returns those that nothing tells.
+
+    A self-supervised model, which is in a file of a student and a teacher, pools before the final norm and has a beta
+    exactly if it has a gamma. A supervised one pools after the norm and never has a beta. Other weights can be either.
+    """
+    settings["use_beta"] = False
+    if "student" in content or "teacher" in content:
+        settings |= {"gamma": None, "pool_position": "before"}
+        return []
+    told = recorded.get("gamma", "auto") != "auto"
+    if told:
+        settings["gamma"] = recorded["gamma"]
+    return [*([] if told else ["gamma"]), *([] if "pool_position" in settings else ["pool_position"])]
 
 
 def _needs_heads(seen: Mapping[str, Any]) -> bool:
@@ -254,11 +290,13 @@ def _published(recorded: dict[str, Any], seen: dict[str, Any], notes: list[str],
     if "arch" in recorded and "arch" not in seen and "embed_dim" in named:
         settings["arch"] = recorded["arch"]  # a ViT of no preset's shape: the arguments name it
     settings.pop("gamma", None)
-    if settings["mode"] != "simpool":
-        return {key: value for key, value in settings.items() if key not in POLICY_KEYS}
     is_vit = "embed_dim" in seen
-    if is_vit and not seen["beta"]:
-        settings["gamma"] = None  # the published ViT has a beta exactly if it has a gamma
+    if is_vit:
+        settings.pop("pool_depth", None)  # the depth that the shapes tell is what was built
+    if settings.get("mode") != "simpool":
+        return {key: value for key, value in settings.items() if key not in POLICY_KEYS}
+    if _without_beta(seen):
+        pass  # see _of_a_pooling_without_beta
     elif "gamma" in recorded and recorded["gamma"] != "auto":
         settings["gamma"] = recorded["gamma"]
     else:
@@ -275,8 +313,17 @@ def _published(recorded: dict[str, Any], seen: dict[str, Any], notes: list[str],
 
 
 def settings_of_shapes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What names and shapes tell: the mode always; of our own families the size; of a ViT if it has a beta."""
-    seen: dict[str, Any] = {"mode": "simpool" if "simpool.wq.weight" in weights else "official"}
+    """What names and shapes tell: of our own families the size; of a ViT if it has a beta; the mode in most cases.
+
+    SimPool and [CLS] have names of their own. A pooling that leaves no name behind is taken to be the architecture's
+    own, except in a ViT, whose own needs [CLS].
+    """
+    is_vit = "patch_embed.proj.weight" in weights and "pos_embed" in weights
+    seen: dict[str, Any] = {}
+    if "simpool.wq.weight" in weights:
+        seen["mode"] = "simpool"
+    elif not any(name.startswith("pool.") for name in weights) and not (is_vit and "cls_token" not in weights):
+        seen["mode"] = "official"
     patches, positions = weights.get("patch_embed.proj.weight"), weights.get("pos_embed")
     if patches is not None and positions is not None and patches.ndim == 4 and positions.ndim == 3:
         seen |= {"embed_dim": patches.shape[0], "in_chans": patches.shape[1], "patch_size": patches.shape[2]}
@@ -325,6 +372,8 @@ def _checked(recorded: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
             continue
         if key == "gamma":
             value = _gamma(value)
+        if key == "pooling_args" and value == {}:
+            continue
         if not _possible(key, value):
             raise ValueError(f"{path} records {key} {str(recorded[key])[:80]!r}, which is impossible; it is damaged")
         settings[key] = list(value) if isinstance(value, tuple) else value
@@ -346,19 +395,37 @@ def _gamma(value: Any) -> Any:
 def _possible(key: str, value: Any) -> bool:
     if key == "gamma":
         return value in (None, "auto") or (type(value) in (int, float) and math.isfinite(value) and value > 0)
-    if key in ("arch", "mode", *POLICY_KEYS):
+    if key == "use_beta":
+        return isinstance(value, bool)
+    if key == "pooling_args":
+        return isinstance(value, dict) and len(value) <= 20 and all(map(_possible_setting, value.items()))
+    if key in ("arch", "mode", "pool_position", *POLICY_KEYS):
         return isinstance(value, str) and 0 < len(value) <= 200 and value.isprintable()
     if key == "img_size" and isinstance(value, list | tuple):
         return 1 <= len(value) <= 2 and all(_possible(key, side) for side in value)
-    return type(value) is int and 1 <= value < 2**31
+    return type(value) is int and (1 if key != "pool_depth" else 0) <= value < 2**31
+
+
+def _possible_setting(item: tuple[Any, Any]) -> bool:
+    """Whether a pooling's setting has a name and a plain value, or a short list of them."""
+    name, value = item
+    values = value if isinstance(value, list | tuple) and len(value) <= 4 else [value]
+    return isinstance(name, str) and name.isidentifier() and all(_plain(entry) for entry in values)
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, str):
+        return len(value) <= 200 and value.isprintable()
+    return value is None or type(value) in (bool, int, float)
 
 
 def _compare(recorded: Mapping[str, Any], seen: Mapping[str, Any], path: str | Path) -> None:
     """Raise ValueError if the settings contradict the shapes, before a model of that size is built."""
+    built = {**recorded, "depth": recorded.get("depth", 0) - recorded.get("pool_depth", 0)}
     wrong = [
-        f"{key} {recorded[key]} but its weights have {seen[key]}"
+        f"{key} {built[key]} but its weights have {seen[key]}"
         for key in ("embed_dim", "depth", "patch_size", "in_chans")
-        if key in recorded and key in seen and recorded[key] != seen[key]
+        if key in recorded and key in seen and built[key] != seen[key]
     ]
     if wrong:
         raise ValueError(f"{path} contradicts itself: it records {'; '.join(wrong)}")

@@ -188,7 +188,8 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, return_attention: bool = False, attention_rows: int = 0
     ) -> Tensor | tuple[Tensor, Tensor]:
-        y, attention = self.attn(self.norm1(x), return_attention, attention_rows)
+        rows = {"attention_rows": attention_rows} if attention_rows else {}  # a substitute of Attention may lack it
+        y, attention = self.attn(self.norm1(x), need_attention=return_attention, **rows)
         if return_attention:
             return attention
         x = x + self.drop_path(y)

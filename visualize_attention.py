@@ -4,12 +4,12 @@
     python visualize_attention.py --pretrained_weights official.pth simpool.pth --data_path demo --num_images 8
     python visualize_attention.py --pretrained_weights output/checkpoint.pth --image_path frames/ --video
 
-Works for every model with an attention map: SimPool on any backbone, and the [CLS] heads of an official ViT. Maps show
-attention as a multiple of uniform attention, all on one scale, so that models and images can be compared; --untrained
-adds the same network with random weights. Writes to attention/ in the (first) checkpoint's folder, or to --output_dir:
-grid.png, and for each image and model its map, overlay, mask (with --threshold) and, for several heads, each head's
-map; --masks adds masks.png, what AttMask and others would hide of the images. `--data_path demo` shows the photographs
-that the built-in patches are cut from. The flags of DINO's program keep their names.
+Works for every model with an attention map: SimPool or another attentive pooling on any backbone, and the [CLS] heads
+of an official ViT. Maps show attention as a multiple of uniform attention, all on one scale, so that models and images
+can be compared; --untrained adds the same network with random weights. Writes to attention/ in the (first) checkpoint's
+folder, or to --output_dir: grid.png, and for each image and model its map, overlay, mask (with --threshold) and, for
+several heads, each head's map; --masks adds masks.png, what AttMask and others would hide of the images. `--data_path
+demo` shows the photographs that the built-in patches are cut from. The flags of DINO's program keep their names.
 """
 
 from __future__ import annotations
@@ -134,7 +134,8 @@ def load_models(args: argparse.Namespace) -> dict[str, LoadedModel]:
 def title_of(loaded: LoadedModel) -> str:
     """What the grid calls a model: architecture and pooling, and the epoch if it is known."""
     config = loaded.config
-    pooling = "SimPool" if config.get("mode") == "simpool" else "[CLS]"
+    mode = config.get("mode", "official")
+    pooling = {"simpool": "SimPool", "official": "[CLS]"}.get(mode, mode)
     epoch = f", epoch {loaded.epoch}" if loaded.epoch is not None else "" if loaded.path else ", random weights"
     return f"{config['arch']}, {pooling}{epoch}"
 

@@ -5,7 +5,7 @@ Letters: N images, D width of one form of the features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,16 +56,18 @@ def cache(
     extraction: dict[str, Any],
     desc: str,
     indices: np.ndarray | None = None,
+    forward: Callable[[Tensor], Tensor] | None = None,
 ) -> Cached:
     """This rank's share of the features of `indices` (all: None) of a labelled source, for every form.
 
-    widths: of each form's features; extraction: the settings of `features.extract_shard`.
+    widths: of each form's features; extraction: the settings of `features.extract_shard`. forward: what gives a batch's
+    features, as wide as all `widths` together, in place of the model's in these forms.
     """
     indices = np.arange(len(source)) if indices is None else indices
     mine = indices[shard_for_eval(len(indices), get_rank(), get_world_size())]
     share = features.extract_shard(
         model, source, indices=mine, desc=desc,
-        forward=lambda images: torch.cat(probe_features(model, images, forms), dim=1),
+        forward=forward or (lambda images: torch.cat(probe_features(model, images, forms), dim=1)),
         **extraction,
     )  # fmt: skip
     if extraction.get("on_bad_image") == "skip":

@@ -88,4 +88,5 @@ def form_widths(model: nn.Module, forms: Sequence[Form], side: int, in_chans: in
 
 
 def _pooling(model: nn.Module) -> str:
-    return "SimPool" if hasattr(model, "simpool") else "mean pooling"
+    mode = getattr(model, "mode", "official")
+    return {"simpool": "SimPool", "official": "its own pooling"}.get(mode, mode)

@@ -145,7 +145,11 @@ def _tables(name: str, content: Mapping[str, Any]) -> list[tuple[str, list[str],
             _two(results["val_top1"]),
             _two(results["val_top5"]),
         ]
-        return [("Saved linear head", ["file", "top-1", "top-5"], [cells])]
+        tables = [("Saved linear head", ["file", "top-1", "top-5"], [cells])]
+        masked = [[_short(r["hidden"]), _two(r["top1"]), _two(r["top5"])] for r in results.get("masked", [])]
+        return tables + (
+            [("With the most attended patches black", ["hidden", "top-1", "top-5"], masked)] * bool(masked)
+        )
     if name == "eval_logistic":
         cells = [_short(results["penalty"]), _two(results["top1"]), _two(results["top5"])]
         return [("Logistic regression on cached features", ["penalty", "top-1", "top-5"], [cells])]

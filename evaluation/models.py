@@ -124,9 +124,9 @@ def reconcile(
         raise InputError(f"{path}: {'; '.join(clashes)}. Leave the flag out to use the checkpoint's value")
     missing = [f"--{key}" for key in found.unknown if key not in given]
     if missing:
+        size = f" (embed_dim {recorded['embed_dim']}, depth {recorded['depth']})" if "embed_dim" in recorded else ""
         raise InputError(
-            f"{path} does not tell {' or '.join(missing)}, which leaves no trace in the shapes of the weights "
-            f"(embed_dim {recorded.get('embed_dim')}, depth {recorded.get('depth')}); give {' '.join(missing)}"
+            f"{path} does not tell {' or '.join(missing)}, and the weights{size} don't either; give {' '.join(missing)}"
         )
     notes = found.notes + [
         f"{key} {given[key]} as asked, instead of the checkpoint's {recorded[key]}"
@@ -142,7 +142,13 @@ def _same(key: str, one: Any, other: Any) -> bool:
         return str(one).replace("deit_", "vit_") == str(other).replace("deit_", "vit_")
     if key == "img_size":
         return _pair(one) == _pair(other)
+    if key == "pooling_args":
+        return _lists(one) == _lists(other)
     return one == other
+
+
+def _lists(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
 
 def _pair(size: Any) -> tuple[int, ...]:

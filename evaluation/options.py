@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 
+from backbones import MODES
 from data.eval_set import ON_BAD_IMAGE
 from evaluation.features import eval_resize
+from pooled_backbone import POSITIONS
+from poolings.choose import read_settings
 from pretrained import MODEL_KEYS, POLICY_KEYS
-from runtime.cli import HelpFormatter, add_flag, add_launcher_flags, gamma_flag
-from runtime.guards import InputError
+from runtime.cli import HelpFormatter, add_flag, add_launcher_flags, bool_flag, gamma_flag
+from runtime.guards import InputError, input_errors
 from runtime.hardware import cpu_count
 
 MODEL_FLAGS = (*MODEL_KEYS, *POLICY_KEYS)
@@ -41,8 +44,17 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser, many: bool = False) ->
         add_flag(group, "--pretrained_weights", default="", help="checkpoint, ours or published; empty: random weights")
     add_flag(group, "--checkpoint_key", default="teacher", help="which network of the checkpoint: teacher or student")
     add_flag(group, "--arch", default=None, help="architecture (default: the checkpoint's, or vit_small)")
-    add_flag(group, "--mode", default=None, help="official or simpool (default: the checkpoint's, or official)")
+    add_flag(group, "--mode", default=None, choices=MODES, metavar="NAME",
+             help="the pooling: official, simpool, gap ... (default: the checkpoint's, or official)")  # fmt: skip
     add_flag(group, "--gamma", type=gamma_flag, default="auto", help="SimPool's exponent, None, or auto")
+    add_flag(group, "--use_beta", type=bool_flag, default=None,
+             help="whether SimPool has its learned scalar (default: the checkpoint's)")  # fmt: skip
+    add_flag(group, "--pooling_args", nargs="*", default=None, metavar="KEY=VALUE",
+             help="settings of another pooling, such as p=2 for gem (default: the checkpoint's)")  # fmt: skip
+    add_flag(group, "--pool_position", choices=POSITIONS, default=None,
+             help="pooled before or after the final norm (default: the checkpoint's, or before)")  # fmt: skip
+    add_flag(group, "--pool_depth", type=int, default=None,
+             help="blocks left out at the end (default: the checkpoint's, or 0)")  # fmt: skip
     add_flag(group, "--patch_size", type=int, default=None, help="pixels per patch (default: the checkpoint's, or 16)")
     add_flag(
         group, "--img_size", type=int, default=None, help="input side in pixels (default: the checkpoint's, or 224)"
@@ -86,7 +98,11 @@ def model_flags(args: argparse.Namespace) -> dict[str, Any]:
     check_side(args, "img_size")
     if isinstance(args.gamma, float) and not (math.isfinite(args.gamma) and args.gamma > 0):
         raise InputError(f"--gamma {args.gamma:g}: give a number above 0, None or auto")
-    return {name: getattr(args, name) for name in MODEL_FLAGS}
+    flags = {name: getattr(args, name) for name in MODEL_FLAGS}
+    if flags["pooling_args"] is not None:
+        with input_errors():
+            flags["pooling_args"] = read_settings(flags["pooling_args"])
+    return flags
 
 
 def channels(config: Mapping[str, Any]) -> int:

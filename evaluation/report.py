@@ -65,6 +65,7 @@ def write_report(output_dir: str | Path, state: str | None = None, changed: Sequ
         raise ValueError(f"state {state!r}: one of {', '.join(STATES)}")
     problems: list[str] = []
     rows = _log(folder / "log.txt", problems)
+    untrained = _untrained(folder / "untrained.json", problems)
     config = _config(folder / "config.json", problems)
     evaluations = find_evaluations(folder)
     problems += [e.problem for e in evaluations if e.problem]
@@ -75,7 +76,7 @@ def write_report(output_dir: str | Path, state: str | None = None, changed: Sequ
     sections = [
         page.heading(_title(config, good, folder), state if is_run else None, facts),
         page.section("Results", _results(rows, good)),
-        page.section("Training", _curves(rows, config) if is_run else ""),
+        page.section("Training", _curves([*untrained, *rows], config) if is_run else ""),
         page.section("Attention", _pictures(folder, problems)),
         page.section("Settings that are not the defaults" if changed is not None else "Main settings",
                      _settings(config, changed if changed is not None else MAIN_SETTINGS)),
@@ -112,6 +113,16 @@ def last_sign_of_life(folder: Path) -> float | None:
         except OSError:
             continue
     return max(times, default=None)
+
+
+def _untrained(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """The evaluation before the first epoch, as a row of the log; none without the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, ValueError, RecursionError) as error:
+        problems.append(f"{path.name} can't be read: {error}")
+        return []
+    return [{**content, "epoch": -1}] if isinstance(content, dict) else []
 
 
 def _facts(
@@ -253,14 +264,15 @@ def _curves(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> str
 
 
 def _pictures(folder: Path, problems: list[str]) -> str:
-    """Attention grids, and the sweeps' plots of the folder and those below it."""
-    paths = [*sorted(folder.glob("attention*.png")), *sorted(folder.glob("**/attention/grid.png"))[:4]]
+    """Attention grids and masks of the folder and those below it."""
+    paths = [*sorted(folder.glob("attention*.png")), *sorted(folder.glob("masks.png"))]
+    paths += [path for name in ("grid", "masks") for path in sorted(folder.glob(f"**/attention/{name}.png"))[:4]]
     parts = []
     for path in paths[:8]:
         try:
             if path.stat().st_size <= _LARGEST_PICTURE and path.is_file():
                 parts.append(
-                    f"<h3>{page.text(path.relative_to(folder))}</h3>" + page.wide(path.read_bytes(), "attention")
+                    f"<h3>{page.text(path.relative_to(folder))}</h3>" + page.wide(path.read_bytes(), path.stem)
                 )
         except OSError as error:
             problems.append(f"{path} can't be read: {error.strerror or error}")

@@ -73,4 +73,7 @@ def _block(name: str) -> tuple[int, ...]:
     """The numbers that a parameter's name gives to its block; none outside the blocks."""
     if re.search(r"(^|\.)(downsample_layers\.0|pool|simpool|head)\.", name):
         return ()
+    downsampling = re.search(r"downsample_layers\.(\d+)\.", name)
+    if downsampling:
+        return int(downsampling.group(1)), 0
     return tuple(int(number) for found in _NUMBERED.findall(name) for number in found if number)

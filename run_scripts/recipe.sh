@@ -1,5 +1,5 @@
-# Sourced by the recipe scripts: `recipe GLOBAL_BATCH flags...` runs the pretraining with the published global batch on
-# the available hardware. From the environment:
+# Sourced by the recipe scripts: `recipe GLOBAL_BATCH flags...` runs a training program ($program, main_dino.py by
+# default) with the published global batch on the available hardware. From the environment:
 #   DATA    ImageNet as train/ and val/ class folders, or anything else --data_path takes (required)
 #   OUT     output folder (default: output/NAME OF THE SCRIPT)
 #   NPROC   processes (default: one per visible GPU; 1 without a GPU)
@@ -25,5 +25,5 @@ recipe() {
     fi
     cd "$root"
     set -x
-    exec "${launch[@]}" main_dino.py --data_path "$DATA" --output_dir "$out" --global_batch_size "$global_batch" "$@"
+    exec "${launch[@]}" "${program:-main_dino.py}" --data_path "$DATA" --output_dir "$out" --global_batch_size "$global_batch" "$@"
 }

@@ -3,14 +3,16 @@
     python run_scripts/submit.py --nodes 2 --ngpus 8 --eval_knn -- --arch vit_small --mode simpool \\
         --data_path /path/to/imagenet --output_dir output/vit_small
 
-Everything after `--` is passed to main_dino.py. The batch scripts are those of run_scripts/slurm with the options given
-here; they are written to OUTPUT_DIR/slurm, where they can be read, or submitted again, later. Evaluations start once
-the pretraining has succeeded (`--dependency=afterok`), and check for its marker DONE.
+Everything after `--` is passed to main_dino.py, or to the training program that --program names. The batch scripts are
+those of run_scripts/slurm with the options given here; they are written to OUTPUT_DIR/slurm, where they can be read, or
+submitted again, later. Evaluations start once the training has succeeded (`--dependency=afterok`), and check for its
+marker DONE.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import re
 import shlex
@@ -21,15 +23,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 EVALUATIONS = ("eval_knn", "eval_linear")
+PROGRAMS = ("main_dino.py", "main_attmask.py", "main_supervised.py")
 
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Options for SLURM, and main_dino.py's flags after `--`."""
+    """Options for SLURM, and the training program's flags after `--`."""
     own, flags = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        usage="submit.py [options] -- FLAGS OF main_dino.py",
+        usage="submit.py [options] -- FLAGS OF THE PROGRAM",
     )  # fmt: skip
+    parser.add_argument("--program", choices=PROGRAMS, default=PROGRAMS[0], help="what to run (default main_dino.py)")
     parser.add_argument("--nodes", type=int, default=1, help="nodes (default 1)")
     parser.add_argument(
         "--ngpus", type=int, default=8, help="GPUs per node, one task each; 0 for CPU tasks (default 8)"
@@ -74,12 +78,12 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if args.submitit and (args.eval_knn or args.eval_linear or args.launcher == "torchrun" or args.dry_run):
         parser.error("--submitit submits the pretraining alone, by srun; leave --eval_*, --launcher and --dry_run out")
     if not flags:
-        parser.error("main_dino.py's flags are missing; give them after --")
+        parser.error(f"{args.program}'s flags are missing; give them after --")
     return args, flags
 
 
 def taken_out(flags: list[str], name: str) -> tuple[str | None, list[str]]:
-    """The value of a flag of main_dino.py (`--name value`, `--name=value`, dashes too), and the flags without it."""
+    """The value of a flag of the program (`--name value`, `--name=value`, dashes too), and the flags without it."""
     value, rest, i = None, [], 0
     spellings = {f"--{name}", f"--{name.replace('_', '-')}"}
     while i < len(flags):
@@ -141,10 +145,10 @@ def plan(args: argparse.Namespace, flags: list[str]) -> list[tuple[str, Path, st
     data, flags = taken_out(flags, "data_path")
     if not out or not data:
         missing = "--output_dir" if not out else "--data_path"
-        sys.exit(f"error: {missing} is missing among main_dino.py's flags, which come after --")
+        sys.exit(f"error: {missing} is missing among {args.program}'s flags, which come after --")
     data = str(Path(data).resolve()) if Path(data).exists() else data
     folder = Path(out).resolve()
-    variables = {"OUT": str(folder), "DATA": data, "LAUNCHER": args.launcher}
+    variables = {"OUT": str(folder), "DATA": data, "LAUNCHER": args.launcher, "PROGRAM": args.program}
     kinds = ["pretrain", *(kind for kind in EVALUATIONS if getattr(args, kind))]
     scripts = []
     for kind in kinds:
@@ -168,14 +172,12 @@ def submit(path: Path, after: str | None) -> str:
 class Pretraining:
     """The program as a task of a submitit job. It catches the signal itself, saves, and requeues the job."""
 
-    def __init__(self, flags: list[str]) -> None:
-        self.flags = flags
+    def __init__(self, program: str, flags: list[str]) -> None:
+        self.program, self.flags = program, flags
 
     def __call__(self) -> int:
         sys.path.insert(0, str(ROOT))
-        import main_dino
-
-        return main_dino.main(["--requeue", "true", *self.flags])
+        return importlib.import_module(Path(self.program).stem).main(["--requeue", "true", *self.flags])
 
 
 def submit_by_submitit(args: argparse.Namespace, flags: list[str]) -> str:
@@ -187,7 +189,7 @@ def submit_by_submitit(args: argparse.Namespace, flags: list[str]) -> str:
         sys.exit("error: --submitit needs the package submitit (pip install submitit); without the flag sbatch is used")
     out, _ = taken_out(flags, "output_dir")
     if not out:
-        sys.exit("error: --output_dir is missing among main_dino.py's flags, which come after --")
+        sys.exit(f"error: --output_dir is missing among {args.program}'s flags, which come after --")
     own = {"nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "time", "job-name", "signal"}
     options = sbatch_options(args, "pretrain")
     executor = submitit.SlurmExecutor(folder=Path(out).resolve() / "submitit")
@@ -197,7 +199,7 @@ def submit_by_submitit(args: argparse.Namespace, flags: list[str]) -> str:
         signal_delay_s=args.signal_s, stderr_to_stdout=True,
         additional_parameters={"requeue": True, **{k: v for k, v in options.items() if k not in own}},
     )  # fmt: skip
-    return executor.submit(Pretraining(flags)).job_id
+    return executor.submit(Pretraining(args.program, flags)).job_id
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -105,6 +105,41 @@ def test_a_saved_head_is_evaluated_with_its_checkpoint_only(checkpoint, root, tm
               tmp_path / "published.pth.tar")  # fmt: skip
 
 
+def test_a_head_is_tried_on_images_without_their_attended_patches(checkpoint, root, tmp_path):
+    """Nothing hidden repeats the accuracy, everything hidden gives every image one class; the JSON holds both."""
+    flags = ("--pretrained_weights", checkpoint, "--data_path", root, "--output_dir", tmp_path)
+    probe(*flags, "--lr", 0.1, 1)
+    looker = tiny_checkpoint(tmp_path / "looker.pth", seed=1)
+    probe(*flags, "--evaluate", "--mask_ratios", 0, 0.5, 1, "--mask_by", looker)
+    found = results(tmp_path, "eval_linear_saved")
+    nothing, half, everything = (row["top1"] for row in found["masked"])
+    assert nothing == found["val_top1"] == pytest.approx(results(tmp_path)["selected"]["val_top1"])
+    assert everything == 25.0  # of four classes of equal size
+    assert 0 <= half <= 100
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--evaluate", "--mask_ratios", 0.5], "--mask_by"),
+        (["--mask_ratios", 0.5, "--mask_by", "x.pth"], "--evaluate"),
+        (["--evaluate", "--mask_ratios", 1.5, "--mask_by", "x.pth"], "1.5"),
+        (["--evaluate", "--mask_ratios", 0.5, "--mask_by", "x.pth"], "x.pth"),
+    ],
+)
+def test_bad_masks_are_one_line(checkpoint, root, tmp_path, flags, words):
+    """Each error names what is missing or wrong."""
+    shutil.copy(_saved_head(checkpoint, tmp_path), tmp_path / "best.pth.tar")
+    with pytest.raises(InputError, match=words):
+        probe("--pretrained_weights", checkpoint, "--data_path", root, "--output_dir", tmp_path, *flags)
+
+
+def _saved_head(checkpoint, folder):
+    state = {"module.linear.weight": torch.zeros(4, 24), "module.linear.bias": torch.zeros(4)}
+    torch.save({"epoch": 1, "state_dict": state}, folder / "head.pth.tar")
+    return folder / "head.pth.tar"
+
+
 def test_a_published_head_is_read(checkpoint, root, tmp_path):
     """A head under the published names is validated, and may have more outputs than there are classes."""
     state = {"module.linear.weight": torch.zeros(10, 24), "module.linear.bias": torch.arange(10.0).flip(0)}
@@ -274,35 +309,3 @@ def test_bad_files_are_skipped_if_asked(checkpoint, small, tmp_path, capsys):
     assert "1 of 96 training images left out" in said
     assert "1 of 40 validation images left out" in said
     probe(*flags, "--on_bad_image", "skip", "--logistic")
-
-
-def test_masked_images_are_scored_beside_whole_ones(checkpoint, root, tmp_path, capsys):
-    """No black patches: the plain accuracy. All black: one answer for every image. The table tells the drop."""
-    masker = tiny_checkpoint(tmp_path / "masker" / "checkpoint.pth", mode="official", seed=1)
-    flags = ("--pretrained_weights", checkpoint, "--data_path", root, "--lr", 0.1)
-    probe(*flags)
-    probe(*flags, "--evaluate", "--mask_ratios", 0, 0.5, 1, "--mask_by", masker)
-    found = json.loads((checkpoint.parent / "eval_linear_saved.json").read_text())
-    scores, masked = found["results"], found["results"]["masked"]
-    assert list(masked) == ["0", "0.5", "1"]
-    assert masked["0"] == {"val_top1": scores["val_top1"], "val_top5": scores["val_top5"], "drop": 0}
-    assert masked["1"]["val_top1"] == 25  # of four classes with as many images each
-    assert masked["0.5"]["drop"] == scores["val_top1"] - masked["0.5"]["val_top1"]
-    assert found["settings"]["mask_by_sha256"]
-    assert "black patches" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--evaluate", "--mask_ratios", "0.5"], "give both, or neither"),
-        (["--evaluate", "--mask_by", "x.pth"], "give both, or neither"),
-        (["--mask_ratios", "0.5", "--mask_by", "x.pth"], "give --evaluate too"),
-        (["--evaluate", "--mask_ratios", "1.5", "--mask_by", "x.pth"], "--mask_ratios 1.5"),
-        (["--evaluate", "--mask_ratios", "nan", "--mask_by", "x.pth"], "--mask_ratios nan"),
-    ],
-)
-def test_flags_of_masked_images_come_together(checkpoint, root, flags, message):
-    """Ratios outside [0, 1] and half of the flags are refused before anything is loaded."""
-    with pytest.raises(InputError, match=message):
-        probe("--pretrained_weights", checkpoint, "--data_path", root, *flags)

@@ -20,7 +20,7 @@ LEVELS = {
     "main_dino": 6, "main_attmask": 6, "main_supervised": 6, "tools": 6,
     "eval_knn": 6, "eval_linear": 6, "eval_localization": 6, "eval_background": 6, "visualize_attention": 6,
     "hubconf": 6,
-    "benchmarks": 7, "run_scripts": 7,
+    "benchmarks": 7, "experiments": 7, "run_scripts": 7,
 }  # fmt: skip
 MODELS = ("vision_transformer", "resnet_simpool", "convnext_simpool", "timm_backbone")
 READING = ("pretrained", "torchfile.read", "torchfile.archive", "torchfile.plain_pickle")
@@ -121,7 +121,19 @@ def test_sp_is_one_file():
 
 @pytest.mark.parametrize(
     "package",
-    ["torchfile", "poolings", "distill", "optim", "data", "runtime", "evaluation", "training", "tools", "benchmarks"],
+    [
+        "torchfile",
+        "poolings",
+        "distill",
+        "optim",
+        "data",
+        "runtime",
+        "evaluation",
+        "training",
+        "tools",
+        "benchmarks",
+        "experiments",
+    ],
 )
 def test_package_init_files_are_empty(package):
     """Importing a package runs nothing."""

@@ -67,6 +67,27 @@ def test_every_recorded_setting_is_honoured(tmp_path):
         hubconf.vit_small_simpool(pretrained=path)
 
 
+def test_other_poolings_under_the_plain_name(tmp_path):
+    """mode= builds any pooling, and a file that records one brings it with its settings; SimPool keeps its own name."""
+    settings = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2}
+    more = {"pooling_args": {"p": 2.0, "learn": False}, "pool_position": "after", "pool_depth": 1}
+    model = hubconf.vit_small(mode="gem", **settings, **more).eval()
+    path, x = str(tmp_path / "c.pth"), torch.ones(1, 3, 32, 32)
+    teacher = {f"backbone.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"teacher": teacher, "config": {"arch": "vit_small", "mode": "gem", **settings, **more}}, path)
+    for found in (hubconf.vit_small(pretrained=path), hubconf.vit_small(mode="gem", pretrained=path)):
+        assert torch.equal(found.eval()(x), model(x))
+    with pytest.raises(ValueError, match="are for mode gem, not simpool"):
+        hubconf.vit_small_simpool(pretrained=path)
+    with pytest.raises(ValueError, match="are for mode gem, not official"):
+        hubconf.vit_small(pretrained=path, mode="official")
+    with pytest.raises(ValueError, match="use vit_small with mode='gem'"):
+        hubconf.vit_small_simpool(mode="gem")
+    torch.save(model.state_dict(), path)
+    with pytest.raises(ValueError, match="does not tell num_heads, mode; give it by name, as in num_heads=3"):
+        hubconf.vit_small(pretrained=path)
+
+
 @pytest.mark.parametrize("gamma", [1.75, None])
 def test_the_gamma_of_published_arguments(tmp_path, gamma):
     """args.gamma of a published file becomes the model's, even if it is None; numpy's numbers are read."""
@@ -104,7 +125,7 @@ def test_weights_of_another_model_are_refused(tmp_path):
 
 def test_imports_only_what_a_hub_user_has():
     """hubconf and the backbones import neither utils nor data nor runtime, at the top or inside functions."""
-    files = ["hubconf", "backbones", "sp", "vision_transformer", "resnet_simpool", "convnext_simpool"]
+    files = ["hubconf", "backbones", "sp", "vision_transformer", "resnet_simpool", "convnext_simpool", "timm_backbone"]
     for file in files:
         for node in ast.walk(ast.parse((ROOT / f"{file}.py").read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []

@@ -181,6 +181,20 @@ def test_a_refused_step_changes_nothing():
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
 
+def test_a_compiled_step_is_the_step(monkeypatch):
+    """--compile captures the masked and the dense forward too: the same loss within float32's rounding."""
+    real, captured = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda f, **_: captured.append(f.__name__) or real(f, backend="eager"))
+    results = []
+    for compiled in ("false", "true"):
+        run = make_run("--batch_size_per_gpu", 2, "--compile", compiled)
+        run.views = GivenCrops(0.3)
+        crops = [tensor(1, (4, 3, 32, 32)), tensor(2, (4, 3, 16, 16))]
+        results.append(main_attmask.train_step(run, [crops], 0))
+    assert captured.count("forward_dense") == 2
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
 def test_the_masks_of_a_step_do_not_depend_on_ranks_or_micro_batches():
     """The ratio is one of (seed, step); what is drawn for an image is one of (seed, epoch, index)."""
     run = make_run("--pred_shape", "attmask_hint", "--pred_ratio_var", 0.2, "--batch_size_per_gpu", 2)
@@ -272,6 +286,14 @@ def test_published_command():
 
 RUN = ["--epochs", 3, "--subset", 24, "--eval_every", 1, "--nb_knn", 5, "--pred_shape", "attmask_hint",
        "--pred_ratio_var", 0.2, "--show_max", 0.3, "--pred_start_epoch", 1]  # fmt: skip
+
+
+def test_the_page_of_a_run_shows_its_masks(small, tmp_path):
+    """A finished run draws masks.png, and its page holds it."""
+    flags = [*ATTMASK, "--data_path", small, "--epochs", 1, "--eval_every", 0, "--report", "true"]
+    assert run_attmask(*flags, "--output_dir", tmp_path) == 0
+    assert (tmp_path / "masks.png").stat().st_size > 1000
+    assert "<h3>masks.png</h3>" in (tmp_path / "report.html").read_text()
 
 
 def test_every_third_step_can_be_continued(small, tmp_path):

@@ -88,7 +88,10 @@ def test_a_training_without_a_teacher_is_read_by_its_student():
         ({"patch_size": -1}, "patch_size '-1', which is impossible"), ({"num_heads": "x"}, "num_heads"),
         ({"img_size": [1, 2, 3]}, "img_size"), ({"gamma": float("nan")}, "gamma"), ({"arch": "a\x1b[2J"}, "arch"),
         ({"in_chans": True}, "in_chans"), ({"mode": 3}, "mode"), ({"format": 3}, "newer version"),
-        ({"value_min": []}, "value_min"),
+        ({"value_min": []}, "value_min"), ({"pool_depth": -1}, "pool_depth"), ({"pooling_args": [1]}, "pooling_args"),
+        ({"depth": 2, "pool_depth": 1}, "depth 1 but its weights have 2"), ({"use_beta": 1}, "use_beta"),
+        ({"pooling_args": {"p": {}}}, "pooling_args"), ({"pooling_args": {"a b": 1}}, "pooling_args"),
+        ({"pool_position": 1}, "pool_position"), ({"pooling_args": {"p": "\x1b"}}, "pooling_args"),
     ],
 )  # fmt: skip
 def test_impossible_settings_are_refused(config, message):
@@ -161,3 +164,22 @@ def test_masked_models_load_their_token_or_keep_their_own():
         assert (model.masked_embed == value).all()
         assert [note for note in said if "has no masked_embed" in note] == said
         assert len(said) == notes
+
+
+def test_what_tells_the_pooling():
+    """[CLS] and SimPool tell the mode; anything else in a ViT, and an operator's own weights, leave it open."""
+    for mode, told_mode in (("official", "official"), ("simpool", "simpool"), ("gap", None), ("gem", None)):
+        found = told({"teacher": tiny(mode=mode), "args": {"num_heads": 2}})
+        assert found.settings.get("mode") == told_mode
+        assert found.unknown == (() if told_mode else ("mode",))
+        assert told({"teacher": tiny(mode=mode), "config": {**TINY, "mode": mode}}).unknown == ()
+    resnets = {mode: backbones.build_backbone("resnet18", mode).state_dict() for mode in ("official", "gap", "otk")}
+    assert [told(w).settings.get("mode") for w in resnets.values()] == ["official", "official", None]
+
+
+def test_flags_of_a_pooling_without_our_config():
+    """Settings that stand only on the recorded command line are asked for; the depth is the shapes'."""
+    args = {"num_heads": 2, "mode": "gem", "pooling_args": ["p=2"], "pool_depth": 1, "depth": 3}
+    found = told({"teacher": tiny(mode="gem"), "args": args})
+    assert (found.unknown, found.settings["mode"], found.settings["depth"]) == (("pooling_args",), "gem", 2)
+    assert "pool_depth" not in found.settings

@@ -26,7 +26,36 @@ EXPECTED = {
     "convnext_small_official": {"arch": "convnext_small", "mode": "official", "global_batch_size": "480"},
     "convnext_small_simpool": {"arch": "convnext_small", "mode": "simpool", "clip_grad": "0.3", "lr": "0.001"},
     "convnext_small_simpool_no_gamma": {"arch": "convnext_small", "gamma": "None", "drop_path_rate": "0.4"},
-}
+    "attmask_vit_small_hint": {"pred_shape": "attmask_hint", "global_batch_size": "240", "out_dim": "8192"},
+    "attmask_vit_small_high": {"pred_shape": "attmask_high", "teacher_temp": "0.07", "shared_head": "True"},
+    "attmask_vit_small_high_300ep": {"pred_shape": "attmask_high", "epochs": "300", "global_batch_size": "800"},
+    "attmask_vit_small_imagenet20": {"momentum_teacher": "0.99", "local_crops_number": "6", "subset": "260"},
+    "attmask_ibot": {"pred_shape": "block", "local_crops_number": "10"},
+    **{
+        f"supervised_{arch}_{mode}{'_300ep' if epochs == '300' else ''}": {
+            "arch": arch, "mode": mode, "epochs": epochs, "global_batch_size": batch, "lr": lr, **more,
+        }
+        for arch, batch, lr, more in (
+            ("vit_small", "592", "0.0005", {"mixup": "0.2", "model_ema_decay": "0.99996"}),
+            ("resnet50", "1024", "0.4", {"optimizer": "nesterov", "jsd_loss": "True", "aug_splits": "3"}),
+            ("convnext_small", "1024", "0.001", {"cutmix": "1.0", "drop_path_rate": "0.4"}),
+        )
+        for mode in ("official", "simpool")
+        for epochs in ("100", "300")
+    },
+}  # fmt: skip
+
+
+def test_fine_tuning_resolves_to_the_published_values(tmp_path):
+    """finetune.sh takes the model from the checkpoint, DeiT's recipe from AttMask; without a checkpoint it says so."""
+    checkpoint = tiny_checkpoint(tmp_path / "checkpoint.pth")
+    done = run("finetune", "--dry_run", DATA="demo", CHECKPOINT=str(checkpoint))
+    assert done.returncode == 0, done.stderr
+    values = {line.split()[0]: line.split()[1] for line in done.stdout.splitlines() if len(line.split()) > 1}
+    expected = {"embed_dim": "24", "global_batch_size": "900", "aug_repeats": "3", "epochs": "500", "cutmix": "1.0"}
+    assert {key: values[key] for key in expected} == expected
+    assert float(values["lr"]) == 7.5e-6 * 900 / 512
+    assert run("finetune", DATA="demo", CHECKPOINT="").returncode == 2
 
 
 def run(script: str, *flags: str, **env: str) -> subprocess.CompletedProcess:
@@ -38,7 +67,10 @@ def run(script: str, *flags: str, **env: str) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("script", EXPECTED)
+ALIKE = [name for name in EXPECTED if name.startswith("supervised") and not name.endswith("t50_simpool")]
+
+
+@pytest.mark.parametrize("script", [pytest.param(s, marks=pytest.mark.full) if s in ALIKE else s for s in EXPECTED])
 def test_a_recipe_resolves_to_the_published_values(script):
     """--dry_run prints the configuration, which is the published one, and trains nothing."""
     done = run(script, "--dry_run", DATA="demo")
@@ -50,7 +82,7 @@ def test_a_recipe_resolves_to_the_published_values(script):
 def test_every_recipe_is_tested():
     """No script that calls `recipe` is missing above."""
     scripts = {path.stem for path in SCRIPTS.glob("*.sh") if "\nrecipe " in path.read_text()}
-    assert scripts == set(EXPECTED)
+    assert scripts == set(EXPECTED) | {"finetune"}
 
 
 def test_without_data_it_says_what_to_set():

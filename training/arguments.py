@@ -20,6 +20,7 @@ from runtime.cli import (
 from runtime.guards import InputError, input_errors
 from runtime.saver import NEWEST
 from training import recipes
+from training.backbone import initial_settings
 from training.method import Method
 
 # Arguments that may change between two starts of one run, because they do not affect its mathematics. The number of
@@ -50,6 +51,10 @@ def parse(program: str, method: Method, doc: str, argv: list[str] | None) -> arg
             if key not in sources:
                 setattr(args, key, value)
                 sources[key] = "config"
+    if args.init_from:
+        for key, value in initial_settings(args.init_from, sources.keys()).items():
+            setattr(args, key, value)
+            sources[key] = "init_from"
     return resolve(args, method, sources)
 
 
@@ -139,7 +144,7 @@ def check(args: argparse.Namespace) -> None:
     zero_or_more(
         args, "lr", "min_lr", "weight_decay", "weight_decay_end", "clip_grad", "drop_path_rate", "warmup_epochs",
         "eval_every", "saveckp_freq", "num_workers", "checkpoint_every_steps", "checkpoint_every_minutes",
-        "max_failed_saves", "max_bad_steps", "seed",
+        "max_failed_saves", "max_bad_steps", "seed", "pool_depth",
     )  # fmt: skip
     at_most(
         args, epochs=1_000_000, img_size=16_384, in_chans=10_000, embed_dim=65_536, depth=1_000, num_heads=4_096,

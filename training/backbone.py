@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -12,13 +13,44 @@ from torch.nn import functional as F
 
 import backbones
 import pretrained
+from poolings.choose import read_settings
 from runtime.guards import InputError, input_errors
+
+# The flags of the pooling, with their defaults: what a checkpoint from before they existed means.
+POOLING_DEFAULTS = {"use_beta": None, "pool_position": None, "pool_depth": 0, "pooling_args": []}
 
 
 def build_backbone(args: argparse.Namespace, **settings: Any) -> nn.Module:
     """The backbone that the flags describe, with random weights. Raises ValueError as `backbones.build_backbone`."""
     described = {key: getattr(args, key) for key in (*pretrained.MODEL_KEYS, *pretrained.POLICY_KEYS)}
+    described["pooling_args"] = read_settings(args.pooling_args)
+    described["pool_position"] = args.pool_position or "before"
     return backbones.build_backbone(**described, **settings)
+
+
+def initial_settings(path: str, given: Collection[str]) -> dict[str, Any]:
+    """What the file of --init_from tells of its model, except the image size and what is `given`, as flags' values.
+
+    Raises InputError if the model needs a setting that is neither in the file nor given.
+    """
+    with input_errors():
+        content = pretrained.read(path)
+        found = pretrained.interpret(content, path, "student" if "student" in content else "teacher")
+    missing = [f"--{key}" for key in found.unknown if key not in given]
+    if missing:
+        raise InputError(f"--init_from {path} does not tell {' or '.join(missing)}; give {' '.join(missing)}")
+    settings = {key: value for key, value in found.settings.items() if key in pretrained.MODEL_KEYS}
+    if settings.get("mode", "official") != "official":
+        settings.setdefault("pool_position", "before")  # of files from before there was a choice
+    if "pooling_args" in settings:  # as the flag has them
+        values = {k: v if isinstance(v, list | tuple) else [v] for k, v in settings["pooling_args"].items()}
+        settings["pooling_args"] = [f"{key}={','.join(map(str, value))}" for key, value in values.items()]
+    return {key: value for key, value in settings.items() if key not in (*given, "img_size")}
+
+
+def pooling_config(backbone: nn.Module) -> dict[str, Any]:
+    """The settings that the backbone's pooling has, as a checkpoint records them; none of a stranger's backbone."""
+    return dict(getattr(backbone, "pooling_config", {}))
 
 
 def load_initial_backbone(backbone: nn.Module, args: argparse.Namespace) -> None:
@@ -88,12 +120,16 @@ def check_crop_sizes(backbone: nn.Module, args: argparse.Namespace, *keys: str) 
 
 
 def _watch_strided_convolutions(model: nn.Module) -> tuple[list[nn.Module], list[Any]]:
-    """A list to which later forwards add the strided convolutions that get a one-pixel map; and the hooks for it."""
+    """A list to which later forwards add the strided convolutions that get a one-pixel map; and the hooks for it.
+
+    Those of a pooling are left out: it computes in float32 whatever the precision of the backbone.
+    """
     met: list[nn.Module] = []
 
     def look(layer: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
         if inputs[0].shape[-2:] == (1, 1):
             met.append(layer)
 
-    strided = [m for m in model.modules() if isinstance(m, nn.Conv2d) and max(m.stride) > 1 and max(m.kernel_size) > 1]
+    convolutions = [m for name, m in model.named_modules() if isinstance(m, nn.Conv2d) and not name.startswith("pool.")]
+    strided = [m for m in convolutions if max(m.stride) > 1 and max(m.kernel_size) > 1]
     return met, [layer.register_forward_hook(look) for layer in strided]

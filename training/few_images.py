@@ -1,8 +1,9 @@
 """Settings for a few hundred or thousand images, unless the user chose others.
 
 The published recipes are for 1.28 million images. With a few thousand, the same numbers mean only hundreds of steps:
-the teacher hardly moves, some prototypes are never reached by any image, and the warm-up lasts as long as the run. The
-values here come from runs on 4,000 images (docs/LOG.md); they are a starting point, not an optimum.
+the teacher or average hardly moves, some prototypes are never reached by any image, and the warm-up lasts as long as
+the run. The values here come from runs on 4,000 to 10,000 images (docs/LOG.md); they are a starting point, not an
+optimum.
 """
 
 from __future__ import annotations
@@ -11,7 +12,12 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
+from backbones import family
+from runtime.distributed import get_world_size
+from training.recipes import PUBLISHED_BATCH
+
 FEW = 20_000
+_SPAN = 0.1  # part of a supervised run that the average of its model spans; published: 25,000 steps of 216,000
 
 
 def fit_to_few_images(args: argparse.Namespace, images: int, begun_with: Mapping[str, Any]) -> None:
@@ -25,7 +31,8 @@ def fit_to_few_images(args: argparse.Namespace, images: int, begun_with: Mapping
     for key, value, why in _choices(args, images):
         if key in begun_with:
             value, why = begun_with[key], "as the run began"
-        if args.sources.get(key, "").startswith("recipe simpool") and getattr(args, key) != value:
+        source = args.sources.get(key, "")
+        if source.startswith("recipe ") and source != "recipe demo" and getattr(args, key) != value:
             chosen.append(f"{key} {getattr(args, key)} -> {value} ({why})")
             setattr(args, key, value)
             args.sources[key] = f"for {images} images"
@@ -35,6 +42,8 @@ def fit_to_few_images(args: argparse.Namespace, images: int, begun_with: Mapping
 
 def _choices(args: argparse.Namespace, images: int) -> list[tuple[str, Any, str]]:
     batch = min(args.batch_size_per_gpu, 32 if images < 5_000 else 64, max(1, images // 2))
+    if hasattr(args, "model_ema_decay"):
+        return _supervised_choices(args, images, max(2, batch - batch % 2))  # mixing needs pairs
     choices = [
         ("batch_size_per_gpu", batch if args.global_batch_size is None else args.batch_size_per_gpu, "more steps"),
         ("out_dim", 1024 if images < 5_000 else 4096, "as many prototypes as so few images can fill"),
@@ -44,3 +53,20 @@ def _choices(args: argparse.Namespace, images: int) -> list[tuple[str, Any, str]
         ("warmup_epochs", min(args.warmup_epochs, max(1, args.epochs // 10)), "a tenth of the run"),
     ]
     return [choice for choice in choices if hasattr(args, choice[0])]
+
+
+def _supervised_choices(args: argparse.Namespace, images: int, batch: int) -> list[tuple[str, Any, str]]:
+    given = args.global_batch_size
+    choices = [
+        ("batch_size_per_gpu", batch if given is None else args.batch_size_per_gpu, "more steps"),
+        ("warmup_epochs", min(args.warmup_epochs, max(1, args.epochs // 10)), "a tenth of the run"),
+    ]
+    global_batch = given or batch * get_world_size() * (args.grad_accum or 1)
+    if args.optimizer in ("sgd", "nesterov"):
+        lr = args.lr * global_batch / PUBLISHED_BATCH[family(args.arch)]
+        choices.append(("lr", lr, "in proportion to the batch"))
+    if args.model_ema_decay:
+        steps = max(1, args.epochs * images // global_batch)
+        decay = min(args.model_ema_decay, max(0.5, round(1 - 1 / (_SPAN * steps), 6)))
+        choices.append(("model_ema_decay", decay, "so that the average spans a tenth of the run"))
+    return choices

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from backbones import MODES
 from optim.optimizers import OPTIMIZERS
+from pooled_backbone import POSITIONS
 from runtime import hardware
 from runtime.cli import HelpFormatter, add_flag, add_launcher_flags, bool_flag, gamma_flag, path_flag
 
@@ -37,9 +38,18 @@ def new_parser(
 def _add_model_flags(group: argparse._ArgumentGroup) -> None:
     add_flag(group, "--arch", default="vit_small", help="vit_tiny|small|base (deit_*), resnet18..152, "
              "convnext_tiny..xlarge, or any timm name")  # fmt: skip
-    add_flag(group, "--mode", default="official", choices=MODES, help="the pooling")
+    add_flag(group, "--mode", default="official", choices=MODES, metavar="NAME",
+             help=f"the pooling: official is the architecture's own; {', '.join(MODES[1:])}")  # fmt: skip
     add_flag(group, "--gamma", type=gamma_flag, default="auto",
              help="SimPool's exponent; None for a weighted mean; auto: 1.25 for tokens, 2.0 for maps")  # fmt: skip
+    add_flag(group, "--use_beta", type=bool_flag,
+             help="SimPool's learned scalar (default: if tokens are pooled before the final norm)")  # fmt: skip
+    add_flag(group, "--pooling_args", nargs="*", default=[], metavar="KEY=VALUE",
+             help="settings of another pooling, such as p=2 learn=false for gem (default: none)")  # fmt: skip
+    add_flag(group, "--pool_position", choices=POSITIONS,
+             help="pool before or after the final norm (default: as published for the method)")  # fmt: skip
+    add_flag(group, "--pool_depth", type=int, default=0,
+             help="leave out this many blocks at the end and pool that much earlier; 0 for none")  # fmt: skip
     add_flag(group, "--patch_size", type=int, default=16, help="side of a ViT's patches, in pixels")
     add_flag(group, "--embed_dim", type=int, help="width of a ViT, in place of the architecture's")
     add_flag(group, "--depth", type=int, help="number of a ViT's blocks, in place of the architecture's")
@@ -116,8 +126,8 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     add_flag(group, "--checkpoint_every_minutes", type=float, default=0, help="minutes between saves; 0: epochs only")
     add_flag(group, "--keep_checkpoints", type=int, default=2, help="number of the newest saves to keep as a fallback")
     add_flag(group, "--keep_best", type=bool_flag, default=False,
-             help="keep the checkpoint with the best evaluation as best.pth: top-1 of k-NN with the first --nb_knn, or "
-                  "of the average in supervised training")  # fmt: skip
+             help="keep the checkpoint with the best evaluation as best.pth: top-1 of k-NN with the first k, or of the "
+                  "average in supervised training")  # fmt: skip
     add_flag(group, "--max_failed_saves", type=int, default=5, help="consecutive failed saves before the run stops")
     add_flag(group, "--max_bad_steps", type=int, default=5, help="consecutive refused steps before the run stops")
     add_flag(group, "--allow_changed_args", type=bool_flag, default=False,

@@ -30,6 +30,7 @@ from training.method import Method
 from training.refused import RefusedSteps
 from training.run import Run, Wishes
 from training.state import check_same_run, load_training_state, model_config, training_state
+from training.untrained import evaluate_untrained
 from training.watch import result_lines
 
 
@@ -147,6 +148,9 @@ class Loop:
     def go(self, out: Outputs) -> bool:
         """Train to the end. Returns True once there, False if asked to stop (the state is then saved)."""
         self.out, run, args = out, self.run, self.run.args
+        untrained = self.step == 0 and args.eval_every and not args.init_from
+        if untrained and not evaluate_untrained(self.watch, len(self.train), self.folder, lambda: self.stop.requested):
+            return self.finish(done=False)
         while self.epoch < args.epochs:
             if not self.train_epoch():
                 return self.finish(done=False)
@@ -161,7 +165,7 @@ class Loop:
                     if results is None:
                         return False
                     row |= results
-                    self.judge(row)
+                    self.judge(row, finished)
             if is_main_process():
                 out.log.append(row)
             if args.report and self.watch is not None and due:
@@ -176,11 +180,14 @@ class Loop:
             self.is_best = False
         return self.finish(done=True)
 
-    def judge(self, row: dict[str, Any]) -> None:
-        """Compare an epoch's score with the best so far, if the best checkpoint is to be kept."""
+    def judge(self, row: dict[str, Any], finished: bool) -> None:
+        """Compare an epoch's score with the best so far, if the best checkpoint is to be kept.
+
+        The score of an epoch that --max_steps ends early is not remembered: a longer run repeats its evaluation.
+        """
         score = self.watch.score(row) if self.run.args.keep_best else None
-        if score is not None and (self.best is None or score > self.best):
-            self.best, self.is_best = score, True
+        if score is not None and (self.best is None or (finished and score > self.best)):
+            self.best, self.is_best = score if finished else None, True
 
     def monitor(self) -> dict[str, float]:
         """The watch's monitors, also written to TensorBoard, with their warning."""

@@ -168,6 +168,7 @@ _SUPERVISED_CONVNEXT = {
 # AttMask's transfer: DeiT's recipe, from pretrained weights. lr 7.5e-6 per 512 images, for a global batch of 900.
 _FINETUNE = {
     **_SUPERVISED_VIT,
+    "epochs": 500,
     "batch_size_per_gpu": 100,
     "lr": 7.5e-6 * 900 / 512,
     "drop_rate": 0.0,

@@ -6,13 +6,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import backbones
 from data.source import ImageSource
 from optim import sharding
 from pretrained import MODEL_KEYS, NEWEST_FORMAT, POLICY_KEYS, without_prefix
 from runtime.guards import InputError
 from runtime.terminal import say
 from training import arguments
+from training.backbone import POOLING_DEFAULTS, pooling_config
 from training.method import Method
 from training.run import Run
 
@@ -58,11 +58,9 @@ def _load(run: Run, method: Method, state: dict[str, Any]) -> None:
 def model_config(run: Run, method: Method, train: ImageSource) -> dict[str, Any]:
     """What is needed to build the model from the checkpoint, and what identifies the run."""
     args = run.args
-    config = {key: getattr(args, key) for key in (*MODEL_KEYS, *POLICY_KEYS)}
-    if args.mode == "official":
-        config.pop("gamma")
-    else:
-        config["gamma"] = backbones.resolve_gamma(args.arch, args.gamma)
+    left_to_the_pooling = ("gamma", "use_beta", "pool_position", "pooling_args")
+    config = {key: getattr(args, key) for key in (*MODEL_KEYS, *POLICY_KEYS) if key not in left_to_the_pooling}
+    config |= pooling_config(run.bare_student.backbone)
     config |= {"method": method.name, "format": NEWEST_FORMAT} | method.config(args)
     config |= {"global_batch": run.plan.global_batch, "steps_per_epoch": run.plan.steps_per_epoch}
     return config | {"data": train.fingerprint()}
@@ -100,7 +98,7 @@ def check_same_run(run: Run, method: Method, train: ImageSource, state: dict[str
 
 def _changes(run: Run, method: Method, train: ImageSource, state: dict[str, Any]) -> tuple[list[str], list[str]]:
     """What changed since the run was saved: changes that affect its mathematics, and those that don't."""
-    old, new = dict(state["args"]), arguments.saved(run.args, method)
+    old, new = {**POOLING_DEFAULTS, **state["args"]}, arguments.saved(run.args, method)
     old |= {key: state["config"].get(key) for key in ("global_batch", "data")}
     new |= {"global_batch": run.plan.global_batch, "data": train.fingerprint()}
     changed = {

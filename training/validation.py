@@ -27,6 +27,8 @@ BATCH = 128
 class Validation:
     """The watch of a supervised run: every validation image once, resized to img_size / crop_pct and cut centrally."""
 
+    tells_before_training = False  # a random head is at chance
+
     def __init__(self, run: Run, train: ImageSource, val: ImageSource | None) -> None:
         self.run, self.val = run, val
         self.can_evaluate = val is not None

@@ -24,6 +24,7 @@ class Watch(Protocol):
     """What the loop calls; only the loop writes to log.txt, TensorBoard and the terminal."""
 
     can_evaluate: bool
+    tells_before_training: bool  # whether an evaluation of the untrained model is worth reading
 
     def monitor(self, epoch: int) -> tuple[dict[str, float], str | None]:
         """Values that show how training is going, and a warning if they look bad; all processes must call this."""
@@ -56,6 +57,8 @@ def result_lines(results: dict[str, dict[str, Any]]) -> list[str]:
 
 class TeacherWatch:
     """The teacher of a self-supervised run: signs of collapse on a few fixed images, k-NN, attention maps."""
+
+    tells_before_training = True  # k-NN on features of random weights is far above chance
 
     def __init__(self, run: Run, train: ImageSource, val: ImageSource | None) -> None:
         self.run, self.train, self.val = run, train, val
@@ -112,10 +115,10 @@ def draw_attention(run: Run, backbone: nn.Module, probe: Tensor | None, folder: 
         return []
     untrained = build_backbone(run.args).to(run.hardware.device).eval()
     models = {"trained": backbone, "untrained": untrained}
-    return [attention_figure(models, _shown(run.args, probe), folder / "attention.png")]
+    return [attention_figure(models, shown_images(run.args, probe), folder / "attention.png")]
 
 
-def _shown(args: argparse.Namespace, probe: Tensor, count: int = 6) -> Tensor:
+def shown_images(args: argparse.Namespace, probe: Tensor, count: int = 6) -> Tensor:
     """uint8 images (B, C, H, W); for the demo whole photographs, enlarged for a model of small images."""
     if not is_demo(args.data_path) or args.in_chans != 3:
         return probe[:count]

@@ -38,6 +38,22 @@ def test_a_step_holds_the_same_images_however_it_is_divided(batch, accum, world)
     assert steps == indices(TrainSampler(100, 24, seed=5))
 
 
+def test_repetitions_share_a_step_and_count_on():
+    """Each image of a step is there `repeats` times, the n-th time as index + n * images; steps stay as many.
+
+    Divided among ranks and micro-batches the step is the same.
+    """
+    whole = indices(TrainSampler(100, 24, seed=5, repeats=3))
+    assert len(whole) == 100 // 24
+    for step in whole:
+        assert sorted(i // 100 for i in step) == [0] * 8 + [1] * 8 + [2] * 8
+        images = [i % 100 for i in step]
+        assert all(images.count(image) == 3 for image in images)
+    assert len({i % 100 for step in whole for i in step}) == 4 * 8
+    parts = [indices(TrainSampler(100, 6, 2, seed=5, rank=r, world_size=2, repeats=3)) for r in range(2)]
+    assert [[i for part in parts for micro in part[2 * s : 2 * s + 2] for i in micro] for s in range(4)] == whole
+
+
 def test_position_within_an_epoch_continues_as_if_never_stopped():
     """Starting at step s yields exactly the rest of the epoch, then the next epoch."""
     sampler = TrainSampler(50, 4, accum=2, seed=0)

@@ -11,6 +11,7 @@ from torch import nn
 
 import backbones
 import vision_transformer as vits
+from backbones import MODES
 from evaluation import models
 from runtime.checkpoint import save_checkpoint
 from runtime.guards import InputError
@@ -113,7 +114,11 @@ def test_published_files_mean_the_published_positions(tmp_path):
 
 
 def test_gamma_comes_from_config_args_or_weights(tmp_path, capsys):
-    """Our config first, then the published args, then beta's absence, then the default with a warning."""
+    """Our config first, then the published args, then beta's absence, then the default with a warning.
+
+    Weights without beta that are in no self-supervised file can be a supervised model's, so gamma and position are
+    asked for.
+    """
     model = backbones.build_backbone(**TINY_VIT, mode="simpool")
     for content, gamma in (
         ({"config": {**TINY_VIT, "mode": "simpool", "gamma": 1.5}}, 1.5),
@@ -124,8 +129,48 @@ def test_gamma_comes_from_config_args_or_weights(tmp_path, capsys):
         assert models.load_checkpoint_model(path, num_heads=2).config["gamma"] == gamma
     assert "does not record gamma" in capsys.readouterr().out
     plain = backbones.build_backbone(**TINY_VIT, mode="simpool", gamma=None)
-    path = saved(tmp_path, plain, lambda s: s)
+    path = saved(tmp_path, plain, lambda s: {"teacher": prefixed("backbone.")(s)})
     assert models.load_checkpoint_model(path, num_heads=2).config["gamma"] is None
+    path = saved(tmp_path, plain, lambda s: {"state_dict": s})
+    with pytest.raises(InputError, match=r"does not tell --gamma or --pool_position.*give --gamma --pool_position"):
+        models.load_checkpoint_model(path, num_heads=2)
+    x = torch.randn(1, 3, 32, 32)
+    supervised = backbones.build_backbone(**TINY_VIT, mode="simpool", pool_position="after").eval()
+    path = saved(tmp_path, supervised, lambda s: {"state_dict": s})
+    told = {"num_heads": 2, "gamma": 1.25, "pool_position": "after", "pos_embed_policy": "exact"}
+    torch.testing.assert_close(models.load_checkpoint_model(path, **told).model(x), supervised(x))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_pooling_comes_back_from_its_checkpoint(tmp_path, mode):
+    """Operator, settings, position and depth are the config's; a flag that contradicts it shows both values."""
+    args = {"gem": {"p": 2.5, "learn": False}, "slot": {"eval_seed": 3}, "cbam": {"map_size": [4, 4], "flatten": True}}
+    settings = {**TINY_VIT, "mode": mode, "pool_depth": 1, "pooling_args": args.get(mode, {})}
+    settings |= {"pool_position": "before" if mode == "official" else "after"}
+    model = backbones.build_backbone(**settings).eval()
+    config = {**TINY_VIT, "mode": mode, "pool_depth": 1, **model.pooling_config, "format": 2}
+    path = saved(tmp_path, model, lambda s: {"teacher": prefixed("backbone.")(s), "config": config})
+    loaded = models.load_checkpoint_model(path)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded.model(x), model(x))
+    assert models.load_checkpoint_model(path, mode=mode, pool_depth=1).config == loaded.config
+    for flag, value in (("pool_depth", 2), ("pool_position", "before"), ("pooling_args", {"p": 3})):
+        if flag in loaded.config and loaded.config[flag] != value:
+            with pytest.raises(InputError, match=f"--{flag} .* but the checkpoint says"):
+                models.load_checkpoint_model(path, **{flag: value})
+
+
+@pytest.mark.parametrize("mode", ["gap", "gem", "cait"])
+def test_bare_weights_of_another_pooling_ask_for_its_name(tmp_path, mode):
+    """Neither [CLS] nor SimPool in a ViT: nothing tells the operator, and --mode does."""
+    model = backbones.build_backbone(**TINY_VIT, mode=mode).eval()
+    path = saved(tmp_path, model, lambda s: s)
+    with pytest.raises(InputError, match=r"does not tell --num_heads or --mode"):
+        models.load_checkpoint_model(path)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(models.load_checkpoint_model(path, num_heads=2, mode=mode).model(x), model(x))
+    with pytest.raises(InputError, match="does not fit the model"):
+        models.load_checkpoint_model(path, num_heads=2, mode="otk")
 
 
 @pytest.mark.parametrize(

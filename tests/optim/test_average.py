@@ -36,6 +36,21 @@ def test_average_with_a_flag(request, skip, device):
         torch.testing.assert_close(teacher.weight, 0.9 * before + 0.1 * student.weight)
 
 
+@pytest.mark.parametrize("device", ["cpu", "accelerator"])
+@pytest.mark.parametrize("skip", [True, False])
+def test_buffers_follow_if_asked(request, skip, device):
+    """Statistics are averaged like parameters and counters copied; a skipped update changes neither."""
+    if device == "accelerator":
+        request.getfixturevalue("on_an_accelerator")
+    student, teacher = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    student(tensor(1, (8, 3)))
+    before = teacher.running_mean.clone()
+    ParameterAverage(student, teacher, buffers=True).update(0.9, skip=torch.tensor(skip))
+    expected = before if skip else 0.9 * before + 0.1 * student.running_mean
+    torch.testing.assert_close(teacher.running_mean, expected)
+    assert teacher.num_batches_tracked.item() == (0 if skip else 1)
+
+
 def test_missing_counterpart_is_named():
     """A teacher that has a parameter the student lacks is refused by its name."""
     with pytest.raises(ValueError, match="bias"):

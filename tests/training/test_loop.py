@@ -138,3 +138,15 @@ def test_the_report_is_written_while_the_run_is_under_way(small, tmp_path, monke
     more = ["--eval_every", 1, "--nb_knn", 3, "--report", "true"]
     assert train(*flags(small, tmp_path, *more)) == 0
     assert states == ["running", "running", "done"]
+
+
+def test_the_curves_start_at_the_untrained_model(small, tmp_path, capsys):
+    """A new run first evaluates its random weights, for the page; log.txt and a continued run don't show them."""
+    flags = [*VIT, "--data_path", small, "--epochs", 2, "--nb_knn", 5, "--output_dir", tmp_path, "--report", "true"]
+    assert train(*flags, "--max_steps", 6) == 0
+    assert "untrained: k-NN 5 top-1" in capsys.readouterr().out
+    written = (tmp_path / "untrained.json").read_bytes()
+    assert train(*flags) == 0
+    assert "untrained" not in capsys.readouterr().out
+    assert (tmp_path / "untrained.json").read_bytes() == written
+    assert [row["epoch"] for row in rows(tmp_path)] == [0, 1]

@@ -1,0 +1,106 @@
+"""The backbone of a new run: pooled as its flags say, on every crop size; and what a checkpoint then records."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+import utils
+from runtime.checkpoint import read_checkpoint
+from runtime.guards import InputError
+from tests.pretraining import FAMILIES, VIT, assert_equal_states, train
+
+GEM = ["--mode", "gem", "--pooling_args", "p=2", "learn=false", "eps=none"]
+RUNS = {
+    "gem": ([*VIT, *GEM, "--pool_position", "after"], {"p": 2, "learn": False, "eps": None}),
+    "slot": ([*VIT, "--mode", "slot", "--pooling_args", "eval_seed=1"], {"eval_seed": 1}),
+    "kmeans": ([*VIT, "--mode", "kmeans", "--pool_depth", "1"], {}),
+    "cbam": ([*FAMILIES["resnet"], "--mode", "cbam"], {}),
+    "how": ([*FAMILIES["timm"], "--mode", "how", "--pooling_args", "width=48"], {"width": 48}),
+    "official": ([*FAMILIES["vit_official"], "--pool_depth", "1"], None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_any_pooling_trains_resumes_and_is_read_back(small, tmp_path, name):
+    """Stopped and continued, the run ends bit for bit the same; its config alone builds the model again."""
+    flags, settings = RUNS[name]
+    flags = [*flags, "--data_path", small, "--eval_every", 0, "--max_steps"]
+    assert train(*flags, 4, "--output_dir", tmp_path / "whole") == 0
+    assert train(*flags, 2, "--output_dir", tmp_path / "parts") == 0
+    assert train(*flags, 4, "--output_dir", tmp_path / "parts") == 0
+    assert_equal_states(tmp_path / "whole", tmp_path / "parts")
+
+    content = torch.load(tmp_path / "whole" / "checkpoint.pth", weights_only=True)
+    config, mode = content["config"], content["args"]["mode"]
+    assert config.get("pooling_args") == settings
+    assert config["pool_depth"] == (1 if "--pool_depth" in flags else 0)
+    assert ("gamma" in config, "use_beta" in config) == (False, False)
+    assert config.get("pool_position") == {"gem": "after", "official": None}.get(mode, "before")
+    loaded = utils.load_checkpoint_model(tmp_path / "whole" / "checkpoint.pth")
+    assert loaded.model.mode == mode
+    assert loaded.model(torch.randn(2, 3, 32, 32)).shape == (2, loaded.model.num_features)
+
+
+def test_simpool_records_what_it_is(small, tmp_path):
+    """gamma, beta and position as built, whatever the flags left open."""
+    flags = [*VIT, "--data_path", small, "--eval_every", 0, "--max_steps", 1, "--output_dir"]
+    recorded = []
+    for folder, more in (("ssl", []), ("supervised", ["--pool_position", "after"]), ("plain", ["--gamma", "None"])):
+        assert train(*flags, tmp_path / folder, *more) == 0
+        config = read_checkpoint(tmp_path / folder / "checkpoint.pth")["config"]
+        recorded.append([config[key] for key in ("gamma", "use_beta", "pool_position")])
+        loaded = utils.load_checkpoint_model(tmp_path / folder / "checkpoint.pth")
+        assert (loaded.model.simpool.beta is not None) == (folder == "ssl")
+    assert recorded == [[1.25, True, "before"], [1.25, False, "after"], [None, True, "before"]]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--mode", "gem", "--pooling_args", "pp=2"], "gem has no setting 'pp' (did you mean p?)"),
+        (["--mode", "gem", "--pooling_args", "p"], "'p' is no setting of a pooling: write key=value"),
+        (["--mode", "gem", "--pooling_args", "p=x"], "gem: p must be a positive number, got 'x'"),
+        (["--mode", "gem", "--pooling_args", "p=2", "p=3"], "p is set twice, to 2 and '3'"),
+        (["--mode", "gem", "--gamma", "2"], "gem has no gamma, got 2.0"),
+        (["--mode", "official", "--pooling_args", "p=2"], "p=2: the architecture's own pooling"),
+        (["--mode", "kmeans", "--pooling_args", "k=5"], "--local_crops_size 16: vit_small cannot take images of that "
+         "size (kmeans: k=5 clusters need as many positions, the image has 4; lower k)"),
+        (["--mode", "cbam", "--pooling_args", "flatten=true", "map_size=4,4"], "--local_crops_size 16: vit_small "
+         "cannot take images of that size (cbam: flatten=True was built for maps of (4, 4), got (2, 2)"),
+        (["--mode", "cait", "--pooling_args", "heads=5"], "width 24 is not divisible into 5 heads"),
+        (["--pool_depth", "2"], "pool_depth 2: it is the number of blocks to leave out of 2, so give 0 to 1"),
+        (["--pool_depth", "-1"], "--pool_depth -1"),
+        (["--use_beta", "true", "--mode", "gap"], "use_beta is a setting of simpool"),
+    ],
+)  # fmt: skip
+def test_poolings_that_cannot_work_are_refused_before_the_run(small, tmp_path, flags, message):
+    """One line with the value and the remedy, and nothing is written."""
+    with pytest.raises(InputError, match=re.escape(message)):
+        train(*VIT, "--data_path", small, "--output_dir", tmp_path, *flags)
+    assert not (tmp_path / "checkpoint.pth").exists()
+
+
+def test_a_changed_pooling_is_another_run(small, tmp_path):
+    """The position and the settings belong to the mathematics, in runs from before they could be chosen as well."""
+    flags = [*VIT, "--gamma", "None", "--data_path", small, "--eval_every", 0, "--output_dir", tmp_path, "--max_steps"]
+    assert train(*flags, 1) == 0
+    with pytest.raises(InputError, match="pool_position: None -> after"):
+        train(*flags, 2, "--pool_position", "after")
+    content = read_checkpoint(tmp_path / "checkpoint.pth")
+    for key in ("use_beta", "pool_position", "pool_depth", "pooling_args"):
+        content["config"].pop(key)
+        content["args"].pop(key)
+    torch.save(content, tmp_path / "checkpoint.pth")
+    with pytest.raises(InputError, match="pool_position: None -> after"):
+        train(*flags, 2, "--pool_position", "after")
+    assert train(*flags, 2) == 0
+
+
+def test_the_gather_of_ge_is_no_reason_to_refuse_bf16(small, tmp_path):
+    """A pooling computes in float32, so its strided convolutions of one-pixel maps have whole gradients."""
+    flags = ["--mode", "ge", "--amp", "bf16", "--device", "cpu", "--max_steps", 1, "--eval_every", 0]
+    run = [*FAMILIES["convnext"], *flags, "--data_path", small, "--output_dir", tmp_path]
+    assert train(*run) == 0
