@@ -29,7 +29,7 @@ def test_small_objects_are_counted_apart(images):
     assert results["baselines"]["whole image"]["corloc"] == pytest.approx(100 / 3)
     assert results["small"]["baselines"]["whole image"]["corloc"] == 0
     assert results["not_finite"] == 1
-    curve = dict(zip(results["curve"]["iou"], results["curve"]["percent"], strict=True))
+    curve = dict(zip(results["curve"]["iou"], results["curve"]["model"], strict=True))
     assert (curve[0], curve[1.0]) == (100, pytest.approx(200 / 3))
     (all_title, _), (few_title, few) = parts(results)
     assert ("3 images" in all_title, "2 images whose boxes cover less than 30%" in few_title) == (True, True)
