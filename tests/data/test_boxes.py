@@ -36,6 +36,7 @@ def test_sizes_come_from_the_pictures_if_the_boxes_do_not_tell(photographs):
     assert images.truths(1).tolist() == [[1, 2, 30, 40]]
     assert [images.source.name(i)[-5:] for i in range(3)] == ["a.jpg", "b.jpg", "c.jpg"]
     assert find_boxes(folder) == folder / "boxes.csv"
+    assert open_boxes(folder / "boxes.csv").corners.tolist() == images.corners.tolist()
 
 
 def test_images_without_boxes_are_counted_and_left_out(photographs, capsys):

@@ -73,6 +73,12 @@ def test_a_listed_image_without_annotation_is_a_problem(tmp_path):
     assert "gone.xml does not exist" in problems[0].message
 
 
+def test_a_size_of_zero_is_unknown():
+    """Some tools do not know the size of their pictures."""
+    assert parse_voc(voc_xml(size=(0, 0)).encode(), "a.xml") == (None, [])
+    assert parse_voc(voc_xml(size=None).encode(), "a.xml") == (None, [])
+
+
 BOMB = '<!DOCTYPE a [<!ENTITY b "bbbbbbbbbb"><!ENTITY c "&b;&b;&b;&b;&b;&b;&b;&b;&b;&b;">]>'
 
 
@@ -88,6 +94,8 @@ BOMB = '<!DOCTYPE a [<!ENTITY b "bbbbbbbbbb"><!ENTITY c "&b;&b;&b;&b;&b;&b;&b;&b
         ("<annotation><object><bndbox><xmin>1</xmin></bndbox></object></annotation>", "object 1 has no ymin"),
         (voc_xml(("nan", 1, 2, 3)), "'nan' is not a number"),
         (voc_xml(("1e999", 1, 2, 3)), "not a number"),
+        (voc_xml(size=("1e300", 5)), "a picture of 1e300 x 5 pixels"),
+        (voc_xml(size=(-5, 5)), "a picture of -5 x 5 pixels"),
     ],
 )
 def test_hostile_xml_is_refused_by_name(text, message):
