@@ -102,7 +102,8 @@ def test_localization_and_backgrounds_are_compared_too(tmp_path):
     text, summary = report.write_report(tmp_path).read_text(), report.summary(tmp_path)
     for words in ("MaxBoxAccV2 (7 images), mean of the three: model", "61.21", "33.30",
                   "LOST (9 images), CorLoc: whole image", "11.50", "LOST, small objects (3 images)", "22.75",
-                  "Maps without boxes (5 images), percent: central", "1.23", "ImageNet-9 (knn), variant BG-gap", "91.50", "9.12"):  # fmt: skip
+                  "Maps without boxes (5 images), percent: central", "1.23",
+                  "ImageNet-9 (knn), variant BG-gap", "91.50", "9.12"):  # fmt: skip
         assert words in text
         assert words in summary
     assert base64.b64encode(b"PNG of the worst").decode() in text
