@@ -18,11 +18,8 @@ from typing import Any
 from evaluation.map_summary import COLUMNS
 from runtime.checkpoint import file_sha256
 
-MEAN, CORLOC, SHARE = (
-    "mean of the three",
-    "CorLoc",
-    "percent",
-)  # headers of the columns that sum a protocol up, besides top-1
+# Headers of the columns that sum a protocol up, besides top-1.
+MEAN, CORLOC, SHARE = "mean of the three", "CorLoc", "percent"
 _LARGEST = 32 << 20  # bytes of a JSON; an evaluation's has some thousand
 _MOST = 200  # files
 _DEPTH = 2  # of folders below the run's
