@@ -22,6 +22,7 @@ from data.eval_set import central_square
 from data.loader import normalize
 from evaluation import options
 from evaluation.features import eval_resize
+from poolings.choose import POOLINGS, settings_of
 from pretrained import MODEL_KEYS, POLICY_KEYS
 from runtime.checkpoint import file_sha256, read_checkpoint
 from runtime.guards import InputError, input_errors
@@ -118,8 +119,10 @@ def reconcile(
     clashes = [
         f"--{key} {given[key]} but the checkpoint says {recorded[key]}"
         for key in MODEL_KEYS
-        if key in given and key in recorded and not _same(key, given[key], recorded[key])
+        if key != "pooling_args" and key in given and key in recorded and not _same(key, given[key], recorded[key])
     ]
+    if not clashes and "pooling_args" in given and "pooling_args" not in found.unknown:
+        given = {**given, "pooling_args": _merged(given["pooling_args"], recorded, clashes)}
     if clashes:
         raise InputError(f"{path}: {'; '.join(clashes)}. Leave the flag out to use the checkpoint's value")
     missing = [f"--{key}" for key in found.unknown if key not in given]
@@ -133,7 +136,8 @@ def reconcile(
         for key in POLICY_KEYS
         if key in given and recorded.get(key) not in (None, given[key])
     ]
-    added = {key: value for key, value in given.items() if key not in recorded or key in POLICY_KEYS}
+    chosen = (*POLICY_KEYS, "pooling_args")
+    added = {key: value for key, value in given.items() if key not in recorded or key in chosen}
     return {**recorded, **added}, notes
 
 
@@ -142,13 +146,24 @@ def _same(key: str, one: Any, other: Any) -> bool:
         return str(one).replace("deit_", "vit_") == str(other).replace("deit_", "vit_")
     if key == "img_size":
         return _pair(one) == _pair(other)
-    if key == "pooling_args":
-        return _lists(one) == _lists(other)
     return one == other
 
 
-def _lists(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+def _merged(given: Mapping[str, Any], recorded: Mapping[str, Any], clashes: list[str]) -> dict[str, Any]:
+    """The recorded settings of the pooling with the user's; adds to `clashes` those that contradict them.
+
+    What was not recorded had its default. Settings of the evaluation alone (slot's eval_seed) are the user's choice.
+    """
+    mode, before = recorded.get("mode"), recorded.get("pooling_args", {})
+    built = {**(settings_of(mode) if mode in POOLINGS else {}), **before}
+    for name, value in given.items():
+        if name in built and not name.startswith("eval_") and _listed(value) != _listed(built[name]):
+            clashes.append(f"--pooling_args {name}={value} but the checkpoint says {built[name]}")
+    return {**before, **given}
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _pair(size: Any) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -53,12 +53,16 @@ class PoolingBase(nn.Module):
         """
         if return_attention:
             refuse_without_attention(self.name)
-        layout = as_map if self.needs_map else as_tokens
-        features = layout(x, self.dim, self.name, grid)
+        features, *axis = self.arranged(x, grid)
         with no_autocast(x.device.type):
-            pooled, attention = self.pool(features.to(self._precision(x)))
+            pooled, attention = self.pool(features.to(self._precision(x)), *axis)
         pooled = pooled.to(x.dtype)
         return (pooled, attention) if return_attention else pooled
+
+    def arranged(self, x: Tensor, grid: Grid | None) -> tuple[Any, ...]:
+        """What `pool` takes: tokens, or a map if needs_map. Raises ValueError for input that does not fit."""
+        layout = as_map if self.needs_map else as_tokens
+        return (layout(x, self.dim, self.name, grid),)
 
     def pool(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(B, N, D) tokens, or (B, D, H, W) maps if needs_map -> (B, num_features) and (B, h, N) or None."""
@@ -71,6 +75,22 @@ class PoolingBase(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}"
+
+
+class ChannelPooling(PoolingBase):
+    """An operator that treats every channel by itself: `pool` also takes the axis of the positions.
+
+    So tokens and maps are both reduced as they lie in memory, and their gradient is written in the same order. Turned
+    into tokens, a map would be copied for its gradient, which costs twice the time of the operator.
+    """
+
+    def arranged(self, x: Tensor, grid: Grid | None) -> tuple[Any, ...]:
+        tokens = as_tokens(x, self.dim, self.name, grid)
+        return (tokens, 1) if x.ndim == 3 else (x.flatten(2), 2)
+
+    def pool(self, x: Tensor, axis: int) -> tuple[Tensor, None]:
+        """(B, N, D) and 1, or (B, D, N) and 2 -> (B, num_features) and None."""
+        raise NotImplementedError
 
 
 def no_autocast(device_type: str) -> AbstractContextManager:

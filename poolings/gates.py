@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from poolings.base import PoolingBase, flag, whole
+from poolings.base import ChannelPooling, PoolingBase, flag, whole
 from poolings.shapes import Grid
 
 
@@ -28,7 +28,7 @@ class Bottleneck(nn.Module):
         return self.fc2(self.fc1(x).relu())
 
 
-class Se(PoolingBase):
+class Se(ChannelPooling):
     """Squeeze and excitation with a residual: u = mean_p relu(x_p s + x_p), s = sigmoid(W2 relu(W1 mean_p x_p)).
 
     Source: Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018, as SimPool's comparison uses it before GAP.
@@ -46,10 +46,10 @@ class Se(PoolingBase):
         super().__init__(dim)
         self.ge = nn.ModuleDict({"mlp": Bottleneck(dim, whole(self.name, "reduction", reduction), bias=True)})
 
-    def pool(self, x: Tensor) -> tuple[Tensor, None]:
-        squeezed = x.mean(1)[..., None, None]  # (B, D, 1, 1)
+    def pool(self, x: Tensor, axis: int) -> tuple[Tensor, None]:
+        squeezed = x.mean(axis)[..., None, None]  # (B, D, 1, 1)
         gate = self.ge["mlp"](squeezed).sigmoid().flatten(1)
-        return (1 + gate) * x.relu().mean(1), None
+        return (1 + gate) * x.relu().mean(axis), None
 
 
 class GatherExcite(PoolingBase):

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from poolings.base import PoolingBase, flag, positive
+from poolings.base import ChannelPooling, flag, positive
 
 
-class Gap(PoolingBase):
+class Gap(ChannelPooling):
     """Global average pooling: u = mean_p x_p. (B, N, D) or (B, D, H, W) -> (B, D); no attention.
 
     Source: Lin et al., "Network In Network", ICLR 2014.
@@ -19,11 +19,11 @@ class Gap(PoolingBase):
 
     name = "gap"
 
-    def pool(self, x: Tensor) -> tuple[Tensor, None]:
-        return x.mean(1), None
+    def pool(self, x: Tensor, axis: int) -> tuple[Tensor, None]:
+        return x.mean(axis), None
 
 
-class Max(PoolingBase):
+class Max(ChannelPooling):
     """Maximum of each channel: u = max_p x_p. (B, N, D) or (B, D, H, W) -> (B, D); no attention.
 
     Positions that tie share the gradient equally; torch's max-pooling layers give all of it to the first.
@@ -31,11 +31,11 @@ class Max(PoolingBase):
 
     name = "max"
 
-    def pool(self, x: Tensor) -> tuple[Tensor, None]:
-        return x.amax(1), None
+    def pool(self, x: Tensor, axis: int) -> tuple[Tensor, None]:
+        return x.amax(axis), None
 
 
-class AvgMax(PoolingBase):
+class AvgMax(ChannelPooling):
     """Half the sum of mean and maximum: u = (mean_p x_p + max_p x_p) / 2. (B, N, D) or (B, D, H, W) -> (B, D).
 
     Source: Lee et al., "Generalizing Pooling Functions in Convolutional Neural Networks", AISTATS 2016, with equal
@@ -44,11 +44,11 @@ class AvgMax(PoolingBase):
 
     name = "avgmax"
 
-    def pool(self, x: Tensor) -> tuple[Tensor, None]:
-        return (x.mean(1) + x.amax(1)) / 2, None
+    def pool(self, x: Tensor, axis: int) -> tuple[Tensor, None]:
+        return (x.mean(axis) + x.amax(axis)) / 2, None
 
 
-class GeM(PoolingBase):
+class GeM(ChannelPooling):
     """Generalised mean of each channel: u = (mean_p max(x_p, eps)^p)^(1/p). No attention.
 
     Source: Radenovic et al., "Fine-tuning CNN Image Retrieval with No Human Annotation", TPAMI 2019.
@@ -83,16 +83,16 @@ class GeM(PoolingBase):
         self.reduce = reduce
         self.eps = None if eps is None else positive(self.name, "eps", eps)
 
-    def pool(self, x: Tensor) -> tuple[Tensor, None]:
+    def pool(self, x: Tensor, axis: int) -> tuple[Tensor, None]:
         x = x.abs().clamp_min(torch.finfo(x.dtype).tiny) if self.eps is None else x.clamp_min(self.eps)
-        pooled = log_mean_exp(x.log(), self.p).exp()
-        return pooled if self.reduce == "mean" else pooled * x.shape[1] ** (1.0 / self.p), None
+        pooled = log_mean_exp(x.log(), self.p, axis).exp()
+        return pooled if self.reduce == "mean" else pooled * x.shape[axis] ** (1.0 / self.p), None
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, p={_shown(self.p)}, reduce={self.reduce!r}, eps={self.eps}"
 
 
-class Lse(PoolingBase):
+class Lse(ChannelPooling):
     """Log of the mean exponential of each channel: u = (1/r) log mean_p exp(r x_p). No attention.
 
     Source: Pinheiro and Collobert, "From Image-level to Pixel-level Labeling with Convolutional Networks", CVPR 2015.
@@ -114,18 +114,18 @@ class Lse(PoolingBase):
         r = positive(self.name, "r", r)
         self.r = nn.Parameter(torch.tensor([r])) if flag(self.name, "learn", learn) else r
 
-    def pool(self, x: Tensor) -> tuple[Tensor, None]:
-        return log_mean_exp(x, self.r), None
+    def pool(self, x: Tensor, axis: int) -> tuple[Tensor, None]:
+        return log_mean_exp(x, self.r, axis), None
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, r={_shown(self.r)}"
 
 
-def log_mean_exp(x: Tensor, r: float | Tensor) -> Tensor:
-    """(B, N, D) -> (B, D): (1/r) log mean_p exp(r x_p), by differences from the maximum, so that it can't overflow."""
-    largest = x.detach().amax(1, keepdim=True)  # without a gradient: the result does not depend on it
-    mean = (r * (x - largest)).exp().mean(1)
-    return largest.squeeze(1) + mean.log() / r
+def log_mean_exp(x: Tensor, r: float | Tensor, axis: int) -> Tensor:
+    """(1/r) log mean exp(r x) over an axis, by differences from the maximum, so that it can't overflow."""
+    largest = x.detach().amax(axis, keepdim=True)  # without a gradient: the result does not depend on it
+    mean = (r * (x - largest)).exp().mean(axis)
+    return largest.squeeze(axis) + mean.log() / r
 
 
 def _shown(value: float | nn.Parameter) -> str:

@@ -95,3 +95,17 @@ def test_missing_images_and_models_without_attention_are_errors(tmp_path, imagen
     with pytest.raises(InputError, match=r"(?i)simpool"):
         visualize_attention.main(["--arch", "resnet18", "--gamma", "2.0", "--img_size", "32", "--image_path", photo,
                                   "--output_dir", str(tmp_path)])  # fmt: skip
+
+
+def test_maps_of_any_attentive_pooling(tmp_path, imagenet_sample):
+    """The checkpoint tells the operator; one without a map is an error that names those with one."""
+    flags = ["--image_path", str(imagenet_sample), "--num_images", "1", "--image_size", "64", "--output_dir"]
+    for mode in ("cls", "kmeans", "cbam"):
+        checkpoint = tiny_checkpoint(tmp_path / f"{mode}.pth", mode=mode)
+        weights = ["--pretrained_weights", str(checkpoint)]
+        assert visualize_attention.main([*weights, *flags, str(tmp_path / mode)]) == 0
+        with Image.open(tmp_path / mode / "grid.png") as picture:
+            assert picture.width > picture.height
+    checkpoint = tiny_checkpoint(tmp_path / "max.pth", mode="max")
+    with pytest.raises(InputError, match=r'"max" has no attention map; build it with mode="simpool", or with how'):
+        visualize_attention.main(["--pretrained_weights", str(checkpoint), *flags, str(tmp_path / "max")])

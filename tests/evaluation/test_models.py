@@ -154,10 +154,29 @@ def test_every_pooling_comes_back_from_its_checkpoint(tmp_path, mode):
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(loaded.model(x), model(x))
     assert models.load_checkpoint_model(path, mode=mode, pool_depth=1).config == loaded.config
-    for flag, value in (("pool_depth", 2), ("pool_position", "before"), ("pooling_args", {"p": 3})):
+    for flag, value in (("pool_depth", 2), ("pool_position", "before")):
         if flag in loaded.config and loaded.config[flag] != value:
             with pytest.raises(InputError, match=f"--{flag} .* but the checkpoint says"):
                 models.load_checkpoint_model(path, **{flag: value})
+
+
+def test_settings_of_a_pooling_and_those_of_its_evaluation(tmp_path):
+    """Recorded settings and unrecorded defaults must not be contradicted; slot's noise in evaluation can be chosen."""
+    model = backbones.build_backbone(**TINY_VIT, mode="slot", pooling_args={"slots": 2}).eval()
+    config = {**TINY_VIT, "mode": "slot", **model.pooling_config}
+    path = saved(tmp_path, model, lambda s: {"teacher": prefixed("backbone.")(s), "config": config})
+    x = torch.randn(2, 3, 32, 32)
+    uniform, told_apart = (
+        models.load_checkpoint_model(path, pooling_args=args).model.get_attention_map(x)
+        for args in ({"slots": 2, "iterations": 3}, {"eval_seed": 4})
+    )
+    torch.testing.assert_close(uniform, torch.full_like(uniform, 1 / 16))
+    assert told_apart.std() > 1e-6
+    for args, message in (({"slots": 3}, "slots=3 but the checkpoint says 2"),
+                          ({"iterations": 1}, "iterations=1 but the checkpoint says 3"),
+                          ({"slot": 2}, r"slot has no setting 'slot' \(did you mean slots")):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            models.load_checkpoint_model(path, pooling_args=args)
 
 
 @pytest.mark.parametrize("mode", ["gap", "gem", "cait"])

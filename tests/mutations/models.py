@@ -1,4 +1,4 @@
-"""Faults of the loss, the head, SimPool and the vision transformer."""
+"""Faults of the loss, the head, SimPool, the pooling of backbones and the vision transformer."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ LOSSES = "tests/distill/test_losses.py"
 FUSED = "tests/distill/test_fused_loss.py"
 POOLING = "tests/test_sp.py"
 VIT = "tests/test_vision_transformer.py"
+POOLED = "tests/test_pooled_backbone.py"
 PLAIN = f"{STEP}::test_the_step_is_the_plain_one[sgd]"
 GOLDEN_LOSS = f"{LOSSES}::test_three_steps_of_the_published_loss"
 IN_PLACE = f"{FUSED}::test_in_place_equals_the_sum_over_pairs"
@@ -55,6 +56,17 @@ MUTATIONS = [
          f"{POOLING}::test_beta_is_added_to_every_feature"),
         ("query_of_the_largest", "source = x.mean(1, dtype=dtype)", "source = x.amax(1).to(dtype)", FORMULA),
         ("minimum_without_gradient", "flat.scatter_add_(1, place, -flat.sum(1, keepdim=True))", "pass", FORMULA),
+    ),
+    *of_file(
+        "pooled_backbone.py",
+        ("pooled_before_the_norm_always", "x = self.positions(features)", "x = features",
+         f"{POOLED}::test_the_feature_is_operator_and_norm_in_the_order_of_pool_position"),
+        ("operators_start_as_the_backbone_does", 'if name != "pool":', "if True:",
+         f"{POOLED}::test_operators_keep_their_own_initial_weights"),
+        ("beta_after_the_norm_too", 'kind == "tokens" and self.pool_position == "before"', 'kind == "tokens"',
+         f"{POOLED}::test_beta_belongs_to_tokens_pooled_before_the_norm"),
+        ("maps_without_their_grid", 'settings["grid"] = self.grid_of(features, size)', "pass",
+         f"{POOLED}::test_every_pooling_trains_on_every_backbone[vit-cbam]"),
     ),
     *of_file(
         "vision_transformer.py",
