@@ -250,9 +250,14 @@ METHOD = Method(
 )
 
 
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments of a command line, completed and checked."""
+    return arguments.parse("main_supervised.py", METHOD, __doc__, argv)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the program; returns its exit code."""
-    return launch.train(arguments.parse("main_supervised.py", METHOD, __doc__, argv), METHOD)
+    return launch.train(parse_arguments(argv), METHOD)
 
 
 if __name__ == "__main__":

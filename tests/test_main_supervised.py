@@ -17,13 +17,10 @@ from runtime.guards import EXIT_NON_FINITE, EXIT_PREEMPTED, InputError, NonFinit
 from tests import pretraining, processes
 from tests.pretraining import assert_equal_states, rows
 from tests.supervised import RESNET, VIT, train
-from training import arguments
 
 
 def resolved(*flags):
-    return arguments.parse(
-        "main_supervised.py", main_supervised.METHOD, main_supervised.__doc__, ["--data_path", "some", *map(str, flags)]
-    )
+    return main_supervised.parse_arguments(["--data_path", "some", *map(str, flags)])
 
 
 # ------------------------------------------------------------------------------------------------ a run
