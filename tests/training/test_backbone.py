@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
 import torch
 
+import main_dino
 import utils
 from runtime.checkpoint import read_checkpoint
 from runtime.guards import InputError
 from tests.pretraining import FAMILIES, VIT, assert_equal_states, train
+from training import arguments
 
 GEM = ["--mode", "gem", "--pooling_args", "p=2", "learn=false", "eps=none"]
 RUNS = {
@@ -104,3 +107,14 @@ def test_the_gather_of_ge_is_no_reason_to_refuse_bf16(small, tmp_path):
     flags = ["--mode", "ge", "--amp", "bf16", "--device", "cpu", "--max_steps", 1, "--eval_every", 0]
     run = [*FAMILIES["convnext"], *flags, "--data_path", small, "--output_dir", tmp_path]
     assert train(*run) == 0
+
+
+@pytest.mark.parametrize("flags", [[], ["--mode", "gem", "--pooling_args", "p=2", "learn=false", "--pool_depth", "1"]])
+def test_the_configuration_of_a_run_can_be_given_again(tmp_path, flags):
+    """config.json holds the pooling's flags, given or not, in a form that --config reads."""
+    args = main_dino.parse_arguments([*VIT, "--data_path", "demo", *flags])
+    saved = arguments.saved(args, main_dino.METHOD)
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    again = arguments.saved(main_dino.parse_arguments(["--config", str(tmp_path / "config.json")]), main_dino.METHOD)
+    for key in ("mode", "pooling_args", "pool_position", "pool_depth", "use_beta", "gamma"):
+        assert again[key] == saved[key], key
