@@ -33,7 +33,7 @@ from runtime.checks import at_least_one, at_most, check_choice, from_zero_to_one
 from runtime.cli import add_flag, bool_flag
 from runtime.guards import InputError, input_errors, run_program
 from runtime.reproduce import fix_random_seeds
-from training import arguments, flags, launch, recipes, transforms
+from training import arguments, few_images, flags, launch, recipes, transforms
 from training.backbone import build_backbone, check_crop_sizes, load_initial_backbone
 from training.method import Method
 from training.plan import make_plan
@@ -122,7 +122,8 @@ def build(args: argparse.Namespace, images: int, device: torch.device) -> Run:
             f"--mixup and --cutmix mix the images of a forward in pairs, and {plan.batch_size} per process is odd; use "
             f"--batch_size_per_gpu {plan.batch_size + 1}, or --mixup 0 --cutmix 0"
         )
-    recipes.note_batch(args, plan.global_batch)
+    if not few_images.applies(args, images):
+        recipes.note_batch(args, plan.global_batch)
     choice = choose_hardware(args, device, convolutional=backbones.family(args.arch) != "vit")
     fix_random_seeds(args.seed)
     student, average = build_models(args)

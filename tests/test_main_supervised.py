@@ -124,6 +124,16 @@ def test_the_best_checkpoint_is_that_of_the_best_average(small, tmp_path):
     assert best["best"] == max(scores)
 
 
+def test_the_average_has_its_statistics(small, tmp_path):
+    """BatchNorm's running statistics of the average lie between the start's and the model's, its counter is equal."""
+    flags = [*RESNET, "--recipe", "vit", "--drop_path_rate", 0, "--data_path", small, "--output_dir", tmp_path]
+    assert train(*flags, "--epochs", 1, "--max_steps", 1, "--model_ema_decay", 0.75, "--eval_every", 0) == 0
+    content = read_checkpoint(tmp_path / "checkpoint.pth")
+    model, average = content["student"]["module.backbone.bn1.running_mean"], content["teacher"]
+    torch.testing.assert_close(average["backbone.bn1.running_mean"], 0.25 * model)
+    assert average["backbone.bn1.num_batches_tracked"] == 1
+
+
 def test_evaluate_repeats_the_last_validation(small, tmp_path, capsys):
     """--evaluate on a run's folder takes its arguments from the checkpoint and gives the last epoch's numbers."""
     assert train(*VIT, "--data_path", small, "--output_dir", tmp_path, "--epochs", 1) == 0
