@@ -21,5 +21,5 @@ def test_the_best_checkpoint_is_that_of_the_best_knn(small, tmp_path):
 def test_without_an_evaluation_there_is_no_best(imagenet_sample, tmp_path):
     """Images without labels are trained on, with a note; --keep_best true asks for more than that."""
     flags = [*VIT, "--data_path", imagenet_sample, "--output_dir", tmp_path, "--max_steps", 1]
-    with pytest.raises(InputError, match="--keep_best true needs an evaluation while training: .* no labels"):
+    with pytest.raises(InputError, match=r"--keep_best true needs an evaluation while training: .* no labels"):
         train(*flags, "--keep_best", "true")
