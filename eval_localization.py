@@ -159,6 +159,9 @@ def localise(args: argparse.Namespace, loaded: LoadedModel, folder: Path) -> Non
     if results["not_finite"]:
         say(f"warning: {results['not_finite']} of {results['images']} maps are empty or hold values that are not "
             "finite, and count as zeros: look for a checkpoint before the model diverged")  # fmt: skip
+    if results.get("flat"):
+        say(f"warning: {results['flat']} of {results['images']} maps are the same everywhere and count as zeros: the "
+            "model attends to nothing in particular")  # fmt: skip
     for title, part in box_results.parts(results):
         say(title)
         say(records.table(*kind.table(part)))

@@ -9,6 +9,7 @@ Letters: N images, M boxes in all.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Sequence
@@ -202,19 +203,32 @@ class _Finder:
     """Rows of files by the names that annotations use: the path, its last part, or either without the suffix."""
 
     def __init__(self, files: Sequence[str]) -> None:
-        self._rows: dict[str, int | None] = {}
-        for forms in (lambda f: f, without_suffix, lambda f: f.rpartition("/")[2],
-                      lambda f: without_suffix(f.rpartition("/")[2])):  # fmt: skip
-            level: dict[str, int | None] = {}
-            for row, file in enumerate(files):
-                name = forms(file)
-                level[name] = None if name in level else row  # of two files with one name, neither
-            self._rows = {**level, **self._rows}
+        self._files = files
+        self._exact = {file: row for row, file in enumerate(files)}
 
     def find(self, name: str) -> int | None:
         """The row of an image, None if no file or more than one goes by this name."""
-        row = self._rows.get(name.removeprefix("./"))
-        return row if row is not None else self._rows.get(name.rpartition("/")[2])
+        name = name.removeprefix("./")
+        if name in self._exact:
+            return self._exact[name]
+        row = self._loose.get(name)
+        return row if row is not None else self._loose.get(name.rpartition("/")[2])
+
+    @functools.cached_property
+    def _loose(self) -> dict[str, int | None]:
+        """Rows by what is left of the names; None for two files of one name. Made for the first name that needs it."""
+        rows: dict[str, int | None] = {}
+        for form in (without_suffix, _last_part, lambda file: without_suffix(_last_part(file))):
+            level: dict[str, int | None] = {}
+            for row, file in enumerate(self._files):
+                name = form(file)
+                level[name] = None if name in level else row
+            rows = {**level, **rows}
+        return rows
+
+
+def _last_part(name: str) -> str:
+    return name.rpartition("/")[2]
 
 
 # ---- checks ---------------------------------------------------------------------------------------------------------

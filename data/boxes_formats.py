@@ -30,6 +30,7 @@ _MOST_XML = 4 << 20  # bytes; VOC's largest has 20,000
 _MOST_TEXT = 4 << 30  # bytes of a JSON or a text; COCO's largest has 450 million
 _DEEPEST = 32  # elements within each other in XML
 _MOST_OBJECTS = 10_000  # in one image
+_LARGEST_SIDE = 1_000_000  # pixels
 _COLUMNS = ("image", "x0", "y0", "x1", "y1")
 
 Box = tuple[float, float, float, float]
@@ -135,6 +136,14 @@ def _number(value: Any, where: str) -> float:
     if isinstance(value, bool) or not math.isfinite(number):
         raise InputError(f"{where}: {str(value)[:40]!r} is not a number")
     return number
+
+
+def _size(width: Any, height: Any, where: str) -> tuple[int, int]:
+    """A picture's (width, height). Raises InputError for anything that no picture has."""
+    sides = (_number(width, where), _number(height, where))
+    if not all(1 <= side <= _LARGEST_SIDE for side in sides):
+        raise InputError(f"{where}: a picture of {width} x {height} pixels; give its real size")
+    return int(sides[0]), int(sides[1])
 
 
 # ---- PASCAL VOC -----------------------------------------------------------------------------------------------------
@@ -288,8 +297,8 @@ def parse_voc(data: bytes, where: str) -> tuple[tuple[int, int] | None, list[Box
             raise InputError(f"{where}: object {number} has no {missing[0]} in its bndbox")
         x0, y0, x1, y1 = (_number(corners[name], where) for name in ("xmin", "ymin", "xmax", "ymax"))
         boxes.append((x0 - 1, y0 - 1, x1, y1))
-    sides = [_number(size[name], where) if name in size else 0 for name in ("width", "height")]
-    return ((int(sides[0]), int(sides[1])) if min(sides) >= 1 else None), boxes
+    sides = [size.get(name, "0").strip() for name in ("width", "height")]
+    return (None if "0" in sides else _size(*sides, where)), boxes  # some tools write 0 for a size that they don't know
 
 
 # ---- COCO -----------------------------------------------------------------------------------------------------------
@@ -309,8 +318,9 @@ def read_coco(path: Path) -> Found:
         if not isinstance(image, dict) or not isinstance(image.get("file_name"), str) or not _is_id(image.get("id")):
             raise InputError(f"{path}: image {str(image)[:80]} needs an id and a file_name")
         sides = [image.get(side) for side in ("width", "height")]
-        size = tuple(int(_number(side, str(path))) for side in sides) if None not in sides else None
-        by_id[image["id"]] = Annotation(image["file_name"], [], size, f"{path}, image {image['id']}")
+        where = f"{path}, image {image['id']}"
+        size = _size(*sides, where) if None not in sides else None
+        by_id[image["id"]] = Annotation(image["file_name"], [], size, where)
     for annotation in annotations:
         if not isinstance(annotation, dict) or not _is_id(annotation.get("image_id")):
             raise InputError(f"{path}: annotation {str(annotation)[:80]} needs an image_id")
@@ -349,7 +359,7 @@ def read_wsol(folder: Path) -> Found:
     ids_file, sizes_file, boxes_file = (folder / name for name in WSOL_FILES)
     sizes = {}
     for line, (image, *sides) in _rows(sizes_file, 3):
-        sizes[image] = tuple(int(_number(side, f"{sizes_file}, line {line}")) for side in sides)
+        sizes[image] = _size(*sides, f"{sizes_file}, line {line}")
     found: dict[str, Annotation] = {}
     for image in dict.fromkeys(line.strip() for line in _text(ids_file).splitlines() if line.strip()):
         if image not in sizes:

@@ -68,18 +68,20 @@ def max_box_outcome(found: LevelBoxes) -> Outcome:
     few = index[small[index]]
     outcome.results = max_box_results(curves, images, index)
     outcome.results["small"] = max_box_results(found.curves(small), images, few) if len(few) else {"images": 0}
-    outcome.results |= {"boxes_at_threshold": round(float(THRESHOLDS[row]), 3), "not_finite": found.not_finite}
+    outcome.results |= {
+        "boxes_at_threshold": round(float(THRESHOLDS[row]), 3), "not_finite": found.not_finite, "flat": found.flat,
+        "curve": {limit: curve.tolist() for limit, curve in curves.items()},
+    }  # fmt: skip
     return outcome
 
 
 def max_box_results(curves: dict[int, np.ndarray], images: BoxedImages, index: np.ndarray) -> dict[str, Any]:
-    """Accuracy at the best threshold for each overlap, those thresholds, the curves, and the baselines."""
+    """Accuracy at the best threshold for each overlap, those thresholds, and the baselines."""
     best = {limit: int(curve.argmax()) for limit, curve in curves.items()}
     return {
         "images": len(index),
         "accuracy": box_measures.percentages({limit: int(curve.max()) for limit, curve in curves.items()}, len(index)),
         "threshold": {limit: round(float(THRESHOLDS[row]), 3) for limit, row in best.items()},
-        "curve": {limit: curve.tolist() for limit, curve in curves.items()},
         "baselines": box_measures.baseline_max_box(images, index),
     }
 
@@ -87,9 +89,8 @@ def max_box_results(curves: dict[int, np.ndarray], images: BoxedImages, index: n
 def max_box_table(part: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
     """Header and rows of one part's results."""
     rows = {"model": part["accuracy"], **part["baselines"]}
-    return ["localised, %", *(f"IoU {k}" for k in OVERLAPS), "mean"], [
-        [label, *row.values()] for label, row in rows.items()
-    ]
+    header = ["localised, %", *(f"IoU {k}" for k in OVERLAPS), "mean"]
+    return header, [[label, *row.values()] for label, row in rows.items()]
 
 
 def draw_max_box(results: dict[str, Any], title: str, path: Path) -> None:
@@ -116,17 +117,21 @@ def corloc_outcome(images: BoxedImages, found: Discovered) -> Outcome:
         kept = {label: iou[few] for label, iou in baselines.items()}
         outcome.results["small"] = corloc_results(outcome.iou[few], kept)
     outcome.results["not_finite"] = found.not_finite
+    limits = np.arange(101) / 100
+    percent = {
+        label: [100.0 * float((iou >= limit).mean()) for limit in limits]
+        for label, iou in {"model": outcome.iou, **baselines}.items()
+    }
+    outcome.results["curve"] = {"iou": limits.tolist(), **percent}
     return outcome
 
 
 def corloc_results(iou: np.ndarray, baselines: dict[str, np.ndarray] | None = None) -> dict[str, Any]:
-    """CorLoc, the mean IoU, and the percent of images over the IoU that counts as right; the same of baselines."""
-    limits = np.arange(101) / 100
+    """CorLoc in percent and the mean IoU, and the same of baselines."""
     results: dict[str, Any] = {
         "images": len(iou),
         "corloc": 100.0 * float((iou >= 0.5).mean()),
         "mean_iou": float(iou.mean()),
-        "curve": {"iou": limits.tolist(), "percent": [100.0 * float((iou >= limit).mean()) for limit in limits]},
     }
     if baselines is not None:
         results["baselines"] = {label: corloc_results(values) for label, values in baselines.items()}
@@ -141,10 +146,11 @@ def corloc_table(part: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
 
 def draw_corloc(results: dict[str, Any], title: str, path: Path) -> None:
     """The percent of images over the IoU that counts as right, with the baselines."""
-    flat = {label: row["curve"]["percent"] for label, row in results["baselines"].items()}
+    curve = results["curve"]
+    flat = {label: curve[label] for label in results["baselines"]}
     box_figures.write_curves(
-        results["curve"]["iou"], {"model": results["curve"]["percent"]}, flat, "IoU that counts as right (CorLoc: 0.5)",
-        title, path, {"model": (0.5, results["corloc"])},
+        curve["iou"], {"model": curve["model"]}, flat, "IoU that counts as right (CorLoc: 0.5)", title, path,
+        {"model": (0.5, results["corloc"])},
     )  # fmt: skip
 
 

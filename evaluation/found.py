@@ -15,9 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from evaluation.map_summary import COLUMNS
 from runtime.checkpoint import file_sha256
 
-MEAN, CORLOC = "mean of the three", "CorLoc"  # headers of the columns that sum a protocol up, besides top-1
+# Headers of the columns that sum a protocol up, besides top-1.
+MEAN, CORLOC, SHARE = "mean of the three", "CorLoc", "percent"
 _LARGEST = 32 << 20  # bytes of a JSON; an evaluation's has some thousand
 _MOST = 200  # files
 _DEPTH = 2  # of folders below the run's
@@ -158,6 +160,9 @@ def _tables(name: str, content: Mapping[str, Any]) -> list[tuple[str, list[str],
         rows = [[key, _two(results[key]["top1"])] for key in kinds]
         rows += [["BG-gap", _two(results["bg_gap"])]] if "bg_gap" in results else []
         return [(f"ImageNet-9 ({settings.get('classifier')})", ["variant", "top-1"], rows)]
+    if name == "eval_localization_summary":
+        rows = [[key, _two(100 * results[key]["mean"])] for key in COLUMNS]
+        return [(f"Maps without boxes ({results['images']} images)", ["measure", SHARE], rows)]
     if name.startswith("eval_localization_") and "baselines" in results:
         return _localization(results, settings)
     return [(name.removeprefix("eval_").replace("_", " ").capitalize(), ["", ""], _numbers(results))]

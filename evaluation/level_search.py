@@ -45,6 +45,7 @@ class LevelBoxes:
     index: np.ndarray  # (N_r,)
     boxes: np.ndarray  # (N_r, 255, 4) uint8
     not_finite: int  # maps that counted as zeros, of all ranks
+    flat: int  # maps that are the same everywhere, which count as zeros too
 
     def curves(self, chosen: np.ndarray | None = None) -> dict[int, np.ndarray]:
         """Images of all ranks localised at each of the 1000 thresholds, by overlap; every rank must call it.
@@ -72,7 +73,7 @@ class LevelBoxes:
 
 
 class _Search(Dataset):
-    """(index (n,), maps (n, h, w)) -> (index, the best boxes (n, 255, 4) uint8, whether each map is finite (n,))."""
+    """(index (n,), maps (n, h, w)) -> (index, best boxes (n, 255, 4) uint8, whether finite and flat (n, 2))."""
 
     def __init__(self, images: BoxedImages, multi_contour: bool) -> None:
         self.images, self.multi_contour = images, multi_contour
@@ -83,8 +84,8 @@ class _Search(Dataset):
         for row, (i, map) in enumerate(zip(index.tolist(), maps, strict=True)):
             levels = boxes_at_levels(score_map(torch.from_numpy(map)), self.multi_contour)
             found[row] = best_at_levels(levels, scaled_truths(self.images.truths(i), self.images.sizes[i]))[1]
-        finite = np.isfinite(maps).all((1, 2))
-        return torch.from_numpy(index), torch.from_numpy(found), torch.from_numpy(finite)
+        state = np.stack([np.isfinite(maps).all((1, 2)), maps.max((1, 2)) == maps.min((1, 2))], axis=1)
+        return torch.from_numpy(index), torch.from_numpy(found), torch.from_numpy(state)
 
 
 class _Pieces:
@@ -108,7 +109,7 @@ class _Pieces:
 def searched(
     images: BoxedImages, pieces: Iterable[tuple[np.ndarray, np.ndarray]], num_workers: int, multi_contour: bool = True
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(index (n,), best boxes (n, 255, 4), finite (n,)) of pieces (index, maps (n, h, w)), in their order."""
+    """(index (n,), best boxes (n, 255, 4), finite and flat (n, 2)) of pieces (index, maps (n, h, w)), in order."""
     for piece in build_loader(_Search(images, multi_contour), pieces, num_workers):
         yield tuple(part.numpy() for part in piece)
 
@@ -137,6 +138,7 @@ def search_levels(
     batches = ((pixels.to(device, non_blocking=True), index) for pixels, index in loader)
     pieces = _Pieces(batches, len(share), maps_of)
     parts = list(progress(searched(images, pieces, num_workers, multi_contour), len(pieces), "boxes"))
-    empty = [np.empty(0, np.int64), np.empty((0, LEVELS - 1, 4), np.uint8), np.empty(0, bool)]
-    index, boxes, finite = (np.concatenate([empty[c], *(part[c] for part in parts)]) for c in range(3))
-    return LevelBoxes(images, index, boxes, sum(all_gather_objects(int((~finite).sum()))))
+    empty = [np.empty(0, np.int64), np.empty((0, LEVELS - 1, 4), np.uint8), np.empty((0, 2), bool)]
+    index, boxes, state = (np.concatenate([empty[c], *(part[c] for part in parts)]) for c in range(3))
+    broken = sum(all_gather_objects(np.array([(~state[:, 0]).sum(), state[:, 1].sum()])))
+    return LevelBoxes(images, index, boxes, *broken.tolist())

@@ -31,7 +31,7 @@ MAIN_SETTINGS = (
     "method", "arch", "mode", "gamma", "patch_size", "img_size", "data_path", "subset", "epochs", "batch_size_per_gpu",
     "global_batch_size", "optimizer", "lr", "recipe", "out_dim", "seed",
 )  # fmt: skip
-HEADLINES = ("top-1", found.CORLOC, found.MEAN)  # the columns that are compared
+HEADLINES = ("top-1", found.CORLOC, found.MEAN, found.SHARE)  # the columns that are compared
 COMPARED = "top-1 or as named, %"
 _LARGEST_PICTURE = 16 << 20  # bytes
 

@@ -97,7 +97,7 @@ def test_corloc_is_that_of_the_public_functions(voc, checkpoint, protocol):
     assert found["mean_iou"] == pytest.approx(
         np.mean([float(box_iou(box, t).max()) for box, t in zip(boxes, truths, strict=True)])
     )
-    assert len(found["curve"]["percent"]) == 101
+    assert len(found["curve"]["model"]) == 101
 
 
 def test_pictures_and_curve_are_drawn(voc, checkpoint):

@@ -6,10 +6,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,24 +13,11 @@ import torch
 import eval_knn
 import main_supervised
 from runtime.checkpoint import read_checkpoint
-from runtime.guards import EXIT_NON_FINITE, InputError, NonFiniteError, run_program
-from tests import pretraining
+from runtime.guards import EXIT_NON_FINITE, EXIT_PREEMPTED, InputError, NonFiniteError, run_program
+from tests import pretraining, processes
 from tests.pretraining import assert_equal_states, rows
-from tests.processes import free_port
 from tests.supervised import RESNET, VIT, train
 from training import arguments
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def begin(*flags, rank: int = 0, world: int = 1, port: int = 0) -> subprocess.Popen:
-    """The program in a separate process."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if world > 1:
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-        env |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    command = [sys.executable, "main_supervised.py", *flags]
-    return subprocess.Popen([str(word) for word in command], cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
 
 
 def resolved(*flags):
@@ -87,22 +70,32 @@ def test_a_continued_run_is_the_whole_run(flags, small, tmp_path):
 
 @pytest.mark.full
 def test_killed_and_continued_it_ends_in_the_same_bits(small, tmp_path):
-    """kill -9 after the first save, the same command again: weights, average, log and best.pth of a whole run."""
+    """kill -9 in the second epoch, the same command again: weights, average, log and best.pth of a whole run."""
     flags = [*VIT, "--data_path", small, "--epochs", 3, "--keep_best", "true"]
     assert train(*flags, "--output_dir", tmp_path / "whole") == 0
     killed = [*flags, "--output_dir", tmp_path / "killed", "--checkpoint_every_steps", 1]
-    process = begin(*killed)
-    deadline = time.monotonic() + 300
-    while not (tmp_path / "killed" / "checkpoint.pth").exists():
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    ranks = processes.start(killed, tmp_path, program="main_supervised")
+    ranks.wait_for("checkpoint.pth at step 8")  # after the first validation
+    os.kill(ranks.pids[0], signal.SIGKILL)
+    assert ranks.wait() == [-signal.SIGKILL]
     assert train(*killed) == 0
     assert_equal_states(tmp_path / "whole", tmp_path / "killed")
     best, again = (read_checkpoint(tmp_path / name / "best.pth") for name in ("whole", "killed"))
     assert best["epoch"] == again["epoch"]
+
+
+@pytest.mark.full
+def test_a_preempted_run_says_so_and_continues(small, tmp_path):
+    """SIGTERM: code 75 and the marker; the same command again ends in the bits of a whole run."""
+    flags = [*VIT, "--data_path", small, "--epochs", 3]
+    assert train(*flags, "--output_dir", tmp_path / "whole") == 0
+    ranks = processes.start([*flags, "--output_dir", tmp_path / "parts"], tmp_path, program="main_supervised")
+    ranks.wait_for("epoch 0: val average")
+    os.kill(ranks.pids[0], signal.SIGTERM)
+    assert ranks.wait() == [EXIT_PREEMPTED]
+    assert (tmp_path / "parts" / "PREEMPTED").exists()
+    assert train(*flags, "--output_dir", tmp_path / "parts") == 0
+    assert_equal_states(tmp_path / "whole", tmp_path / "parts")
 
 
 @pytest.mark.full
@@ -111,9 +104,7 @@ def test_two_processes_are_one(small, tmp_path):
     flags = [*VIT, "--data_path", small, "--epochs", 2, "--global_batch_size", 16, "--mixup", 0, "--drop_rate", 0]
     flags += ["--drop_path_rate", 0, "--optimizer", "nesterov", "--lr", 0.02]  # AdamW would divide by small numbers
     assert train(*flags, "--output_dir", tmp_path / "one") == 0
-    port = free_port()
-    ranks = [begin(*flags, "--output_dir", tmp_path / "two", rank=rank, world=2, port=port) for rank in (0, 1)]
-    assert [process.wait() for process in ranks] == [0, 0]
+    processes.run([*flags, "--output_dir", tmp_path / "two"], tmp_path, world=2, program="main_supervised")
     one, two = (read_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("one", "two"))
     for key in ("student", "teacher"):
         for name, value in one[key].items():

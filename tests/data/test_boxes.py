@@ -36,6 +36,7 @@ def test_sizes_come_from_the_pictures_if_the_boxes_do_not_tell(photographs):
     assert images.truths(1).tolist() == [[1, 2, 30, 40]]
     assert [images.source.name(i)[-5:] for i in range(3)] == ["a.jpg", "b.jpg", "c.jpg"]
     assert find_boxes(folder) == folder / "boxes.csv"
+    assert open_boxes(folder / "boxes.csv").corners.tolist() == images.corners.tolist()
 
 
 def test_images_without_boxes_are_counted_and_left_out(photographs, capsys):
@@ -118,6 +119,21 @@ def test_a_tar_gives_the_images_and_boxes_of_its_folder(tmp_path):
     assert packed.corners.tolist() == plain.corners.tolist()
     for i in range(3):
         np.testing.assert_array_equal(packed.source.load(i), plain.source.load(i))
+
+
+def test_boxes_of_images_in_shards_come_from_annotations(photographs, tmp_path_factory):
+    """A folder of tar shards, or one of them, with a CSV that names some of their images."""
+    folder, sizes = photographs
+    root = tmp_path_factory.mktemp("shards")
+    with tarfile.open(root / "val-000000.tar", "w") as tar:
+        for name in "abc":
+            tar.add(folder / f"{name}.jpg", f"cat/{name}.jpg")
+    csv = folder / "some.csv"
+    csv.write_text("cat/c.jpg,1,2,3,4\na.jpg,1,2,3,4\n")
+    for place in (root, root / "val-000000.tar"):
+        images = open_boxes(place, csv)
+        assert [tuple(size) for size in images.sizes.tolist()] == [sizes["c"], sizes["a"]]
+        assert images.left_out == {"without_boxes": 1, "bad": 0}
 
 
 def test_a_fingerprint_tells_other_boxes_and_other_images(photographs):

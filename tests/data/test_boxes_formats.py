@@ -73,6 +73,12 @@ def test_a_listed_image_without_annotation_is_a_problem(tmp_path):
     assert "gone.xml does not exist" in problems[0].message
 
 
+def test_a_size_of_zero_is_unknown():
+    """Some tools do not know the size of their pictures."""
+    assert parse_voc(voc_xml(size=(0, 0)).encode(), "a.xml") == (None, [])
+    assert parse_voc(voc_xml(size=None).encode(), "a.xml") == (None, [])
+
+
 BOMB = '<!DOCTYPE a [<!ENTITY b "bbbbbbbbbb"><!ENTITY c "&b;&b;&b;&b;&b;&b;&b;&b;&b;&b;">]>'
 
 
@@ -88,6 +94,8 @@ BOMB = '<!DOCTYPE a [<!ENTITY b "bbbbbbbbbb"><!ENTITY c "&b;&b;&b;&b;&b;&b;&b;&b
         ("<annotation><object><bndbox><xmin>1</xmin></bndbox></object></annotation>", "object 1 has no ymin"),
         (voc_xml(("nan", 1, 2, 3)), "'nan' is not a number"),
         (voc_xml(("1e999", 1, 2, 3)), "not a number"),
+        (voc_xml(size=("1e300", 5)), "a picture of 1e300 x 5 pixels"),
+        (voc_xml(size=(-5, 5)), "a picture of -5 x 5 pixels"),
     ],
 )
 def test_hostile_xml_is_refused_by_name(text, message):
@@ -116,7 +124,7 @@ def coco_file(path, annotations, images=None):
 def test_coco_corners_are_rounded_half_to_even(tmp_path):
     """x, y, x + w and y + h are rounded each; crowds and boxes that vanish are left out; a list chooses images."""
     annotations = [
-        {"image_id": 7, "bbox": [0.5, 1.5, 2.0, 3.0], "iscrowd": 0, "segmentation": [[1, 2, 3, 4]]},
+        {"image_id": 7, "bbox": [0.6, 1.5, 2.6, 3.0], "iscrowd": 0, "segmentation": [[1, 2, 3, 4]]},
         {"image_id": 7, "bbox": [1, 1, 50, 50], "iscrowd": 1},
         {"image_id": 7, "bbox": [10.6, 10, 0.2, 5]},
         {"image_id": "x", "bbox": [1, 2, 3, 4]},
@@ -124,7 +132,7 @@ def test_coco_corners_are_rounded_half_to_even(tmp_path):
     images = [{"id": 7, "file_name": "train2014/a.jpg", "width": 100, "height": 80}, {"id": "x", "file_name": "b.jpg"}]
     path = coco_file(tmp_path / "instances.json", annotations, images)
     found, _ = read_annotations(path)
-    assert found[0] == Annotation("train2014/a.jpg", [(0, 2, 2, 4)], (100, 80), f"{path}, image 7")
+    assert found[0] == Annotation("train2014/a.jpg", [(1, 2, 3, 4)], (100, 80), f"{path}, image 7")
     assert found[1].size is None
     assert list(boxes_of(path, ["a.jpg"])) == ["train2014/a.jpg"]
     with pytest.raises(InputError, match="has no image c, which the list of images names"):

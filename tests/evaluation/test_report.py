@@ -94,12 +94,15 @@ def test_localization_and_backgrounds_are_compared_too(tmp_path):
     part = {**found, "baselines": {"whole image": {**found, "corloc": 11.5}}}
     write_evaluation(tmp_path, "eval_localization_lost", {**part, "small": {**part, "images": 3, "corloc": 22.75}},
                      settings={"protocol": "lost"})  # fmt: skip
+    measures = {name: {"mean": 0.0123, "std": 0} for name in ("entropy", "central", "largest")}
+    write_evaluation(tmp_path, "eval_localization_summary", {"images": 5, **measures})
     variants = {"original": {"top1": 91.5}, "mixed_same": {"top1": 80.25}, "bg_gap": 9.125}
     write_evaluation(tmp_path, "eval_background", variants, settings={"classifier": "knn"})
     (tmp_path / "eval_localization_lost_worst.png").write_bytes(b"PNG of the worst")
     text, summary = report.write_report(tmp_path).read_text(), report.summary(tmp_path)
     for words in ("MaxBoxAccV2 (7 images), mean of the three: model", "61.21", "33.30",
                   "LOST (9 images), CorLoc: whole image", "11.50", "LOST, small objects (3 images)", "22.75",
+                  "Maps without boxes (5 images), percent: central", "1.23",
                   "ImageNet-9 (knn), variant BG-gap", "91.50", "9.12"):  # fmt: skip
         assert words in text
         assert words in summary

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 
 import pytest
 import torch
 
+import backbones
 import main_dino
 import utils
-from runtime.checkpoint import read_checkpoint
+from poolings.choose import read_settings
+from pretrained import load_weights
+from runtime.checkpoint import read_checkpoint, save_checkpoint
 from runtime.guards import InputError
 from tests.pretraining import FAMILIES, VIT, assert_equal_states, train
+from tests.small_images import tiny_checkpoint
 from training import arguments
+from training.backbone import fit_positions, initial_settings
 
 GEM = ["--mode", "gem", "--pooling_args", "p=2", "learn=false", "eps=none"]
 RUNS = {
@@ -118,3 +124,59 @@ def test_the_configuration_of_a_run_can_be_given_again(tmp_path, flags):
     again = arguments.saved(main_dino.parse_arguments(["--config", str(tmp_path / "config.json")]), main_dino.METHOD)
     for key in ("mode", "pooling_args", "pool_position", "pool_depth", "use_beta", "gamma"):
         assert again[key] == saved[key], key
+
+
+def vit(img_size: int, mode: str = "official", arch: str = "vit_small"):
+    return backbones.build_backbone(arch, mode, patch_size=8, img_size=img_size, embed_dim=24, depth=1, num_heads=2)
+
+
+@pytest.mark.parametrize("mode", ["official", "simpool"])
+def test_positions_are_resampled_to_the_grid(mode):
+    """A file of 4x4 patches for a model of 6x6: bicubic, [CLS]'s position as it is; the same size is left alone."""
+    small, large = vit(32, mode), vit(48, mode)
+    weights = small.state_dict()
+    assert fit_positions(small, weights) == []
+    assert fit_positions(large, weights) == ["position embeddings resampled from 4x4 to 6x6 patches"]
+    assert load_weights(large, weights, "file") == []
+    prefix = small.num_prefix_tokens
+    assert torch.equal(large.pos_embed[:, :prefix], small.pos_embed[:, :prefix])
+    maps = small.pos_embed[:, prefix:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    expected = torch.nn.functional.interpolate(maps, size=(6, 6), mode="bicubic").permute(0, 2, 3, 1).flatten(1, 2)
+    torch.testing.assert_close(large.pos_embed[:, prefix:], expected)
+
+
+def test_positions_of_a_timm_model_are_resampled():
+    """Under its name inside our wrapper."""
+    build = partial(backbones.build_backbone, "vit_tiny_patch16_224")
+    weights = build(img_size=32).state_dict()
+    assert fit_positions(build(img_size=64), weights) == ["position embeddings resampled from 2x2 to 4x4 patches"]
+
+
+def test_other_widths_are_left_to_the_loader():
+    """A file of another width is refused by the loader, which names the shapes."""
+    weights = backbones.build_backbone("vit_tiny", patch_size=8, img_size=32, depth=1).state_dict()
+    assert fit_positions(vit(48), weights) == []
+    with pytest.raises(ValueError, match="pos_embed is"):
+        load_weights(vit(48), weights, "file")
+
+
+def test_settings_of_the_initial_file(tmp_path):
+    """All but the image size and what is given; a pooling's settings as its flag has them."""
+    path = tiny_checkpoint(tmp_path / "checkpoint.pth")
+    found = initial_settings(str(path), {"patch_size"})
+    assert (found["mode"], found["embed_dim"], found["pool_position"]) == ("simpool", 24, "before")
+    assert not {"img_size", "patch_size"} & found.keys()
+    content = read_checkpoint(path)
+    content["config"] |= {"mode": "gem", "gamma": "auto", "pooling_args": {"p": 2.0, "learn": False}}
+    content["teacher"] = {n: v for n, v in content["teacher"].items() if "simpool" not in n}
+    save_checkpoint(content, path)
+    assert read_settings(initial_settings(str(path), ())["pooling_args"]) == {"p": 2.0, "learn": False}
+
+
+def test_what_the_initial_file_does_not_tell_is_asked_for(tmp_path):
+    """Weights alone of an unusual width: the number of heads is nowhere."""
+    path = tmp_path / "weights.pth"
+    save_checkpoint({"teacher": {f"backbone.{n}": v for n, v in vit(32).state_dict().items()}}, path)
+    with pytest.raises(InputError, match="--num_heads"):
+        initial_settings(str(path), ())
+    assert initial_settings(str(path), {"num_heads"})["embed_dim"] == 24

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 
 from backbones import family
-from training.recipes import RECIPES, find
+from training.recipes import RECIPES, find, note_batch
 
 
 @pytest.mark.parametrize(
@@ -42,3 +44,29 @@ def test_unknown_recipe():
     """The error lists the recipes."""
     with pytest.raises(ValueError, match="simpool_vit"):
         find("dino", "vit_small", "best")
+
+
+def test_supervised_recipes_follow_the_family():
+    """auto, official and simpool mean the family's recipe; all set the same flags, finetune its epochs besides."""
+    for recipe in ("auto", "official", "simpool"):
+        assert [find("supervised", arch, recipe)[0] for arch in ("vit_small", "resnet50", "convnext_small")] == [
+            "vit", "resnet", "convnext",
+        ]  # fmt: skip
+    vit, resnet, convnext, finetune, demo = RECIPES["supervised"].values()
+    assert set(vit) == set(resnet) == set(convnext) == set(finetune) - {"epochs"}
+    assert set(vit) < set(demo)
+    with pytest.raises(ValueError, match="choose auto"):
+        find("dino", "vit_small", "official")
+
+
+def test_a_rate_for_another_batch_is_noted():
+    """A recipe's rate with another global batch: the note names both batches and what is in proportion."""
+    args = argparse.Namespace(lr=0.4, sources={"lr": "recipe resnet"}, notes=[])
+    note_batch(args, 1024)
+    assert not args.notes
+    note_batch(args, 256)
+    assert "for a global batch of 1024, and this one is 256" in args.notes[0]
+    assert "; 0.1 is in proportion" in args.notes[0]
+    args = argparse.Namespace(lr=0.4, sources={"lr": "flag"}, notes=[])
+    note_batch(args, 256)
+    assert not args.notes
