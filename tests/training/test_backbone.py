@@ -115,20 +115,6 @@ def test_the_gather_of_ge_is_no_reason_to_refuse_bf16(small, tmp_path):
     assert train(*run) == 0
 
 
-<<<<<<< HEAD
-=======
-@pytest.mark.parametrize("flags", [[], ["--mode", "gem", "--pooling_args", "p=2", "learn=false", "--pool_depth", "1"]])
-def test_the_configuration_of_a_run_can_be_given_again(tmp_path, flags):
-    """config.json holds the pooling's flags, given or not, in a form that --config reads."""
-    args = main_dino.parse_arguments([*VIT, "--data_path", "demo", *flags])
-    saved = arguments.saved(args, main_dino.METHOD)
-    (tmp_path / "config.json").write_text(json.dumps(saved))
-    again = arguments.saved(main_dino.parse_arguments(["--config", str(tmp_path / "config.json")]), main_dino.METHOD)
-    for key in ("mode", "pooling_args", "pool_position", "pool_depth", "use_beta", "gamma"):
-        assert again[key] == saved[key], key
-
-
->>>>>>> wt-poolings
 def vit(img_size: int, mode: str = "official", arch: str = "vit_small"):
     return backbones.build_backbone(arch, mode, patch_size=8, img_size=img_size, embed_dim=24, depth=1, num_heads=2)
 
@@ -183,7 +169,6 @@ def test_what_the_initial_file_does_not_tell_is_asked_for(tmp_path):
     with pytest.raises(InputError, match="--num_heads"):
         initial_settings(str(path), ())
     assert initial_settings(str(path), {"num_heads"})["embed_dim"] == 24
-<<<<<<< HEAD
 
 
 @pytest.mark.parametrize("flags", [[], ["--mode", "gem", "--pooling_args", "p=2", "learn=false", "--pool_depth", "1"]])
@@ -195,5 +180,3 @@ def test_the_configuration_of_a_run_can_be_given_again(tmp_path, flags):
     again = arguments.saved(main_dino.parse_arguments(["--config", str(tmp_path / "config.json")]), main_dino.METHOD)
     for key in ("mode", "pooling_args", "pool_position", "pool_depth", "use_beta", "gamma"):
         assert again[key] == saved[key], key
-=======
->>>>>>> wt-poolings
