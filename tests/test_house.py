@@ -25,8 +25,8 @@ LEVELS = {
 MODELS = ("vision_transformer", "resnet_simpool", "convnext_simpool", "timm_backbone")
 READING = ("pretrained", "torchfile.read", "torchfile.archive", "torchfile.plain_pickle")
 OPERATORS = (
-    "base", "choose", "clusters", "gates", "how", "otk", "queries", "shapes", "simple",
-    "simpool", "slot", "tokens",
+    "base", "choose", "clusters", "efficient", "gates", "how", "multiple_instance", "otk", "probes", "queries",
+    "shapes", "simple", "simpool", "slot", "tokens",
 )  # fmt: skip
 POOLINGS = tuple(f"poolings.{name}" for name in OPERATORS)
 BACKBONE_FILES = ("sp", *POOLINGS, "pooled_backbone", *READING, *MODELS, "backbones", "distill.heads", "hubconf")
