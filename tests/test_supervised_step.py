@@ -13,7 +13,6 @@ import main_supervised
 from data.datasets import open_images
 from runtime.distributed import leave
 from tests.supervised import RESNET, VIT
-from training import arguments
 
 DEMO = ["--data_path", "demo", "--epochs", "2", "--batch_size_per_gpu", "4"]
 STEPS = 3
@@ -22,7 +21,7 @@ STEPS = 3
 def build(*flags):
     """A run, and the micro-batches of its first steps."""
     argv = [str(flag) for flag in (*flags, *DEMO)]
-    args = arguments.parse("main_supervised.py", main_supervised.METHOD, None, argv)
+    args = main_supervised.parse_arguments(argv)
     source = open_images("demo", "train", subset=8)
     main_supervised.METHOD.fit(args, source)
     run = main_supervised.build(args, len(source), torch.device("cpu"))

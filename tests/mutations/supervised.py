@@ -56,7 +56,7 @@ MUTATIONS = [
     *of_file(
         "training/validation.py",
         ("not_in_eval_mode", "with eval_mode(model), run.hardware", "with run.hardware", VALIDATION),
-        ("top5_for_top1", "hit[:, 0].double().sum(), hit.double().sum()", "hit.double().sum(), hit.double().sum()",
+        ("top5_for_top1", "hit[:, 0].float().sum(), hit.float().sum()", "hit.float().sum(), hit.float().sum()",
          VALIDATION),
         ("broken_images_counted", 'total = len(val) - report_skipped(', 'total = len(val) - 0 * report_skipped(',
          "tests/training/test_validation.py::test_a_broken_image_is_left_out_and_said"),
