@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from poolings.shapes import Grid, as_map, as_tokens
 
-WITH_ATTENTION = ("how", "otk", "kmeans", "slot", "cbam", "cls", "cait", "simpool")
+WITH_ATTENTION = ("how", "otk", "kmeans", "slot", "cbam", "cls", "cait", "simpool")  # of those that backbones have
+PROBES_WITH_ATTENTION = ("ep", "ep_all", "abmilp", "aim", "cae", "coca", "vjepa", "capi")
 
 
 class PoolingBase(nn.Module):
@@ -28,10 +29,12 @@ class PoolingBase(nn.Module):
         name: what `poolings.choose` knows the operator by.
         num_features: width of the pooled feature.
         needs_map: whether neighbours matter, so that tokens have to form a grid.
+        takes_cls: whether it is meant for a backbone's [CLS] token together with the patches.
     """
 
     name: ClassVar[str]
     needs_map: ClassVar[bool] = False
+    takes_cls: ClassVar[bool] = False
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -100,7 +103,7 @@ def no_autocast(device_type: str) -> AbstractContextManager:
 
 def refuse_without_attention(name: str) -> None:
     """ValueError if the operator has no weights over positions to return."""
-    if name not in WITH_ATTENTION:
+    if name not in (*WITH_ATTENTION, *PROBES_WITH_ATTENTION):
         raise ValueError(
             f"{name} has no weights over positions; return_attention works with {', '.join(WITH_ATTENTION)}"
         )

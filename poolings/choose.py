@@ -1,6 +1,7 @@
 """build_pooling: the only place that turns a name into a pooling operator.
 
-All of them take tokens or maps and return one vector per image, so any of them can take the place of SimPool:
+All of them take tokens or maps and return one vector per image, so any of them can take the place of SimPool. POOLINGS
+are the operators of backbones; PROBES are trained with a classifier on features of a frozen backbone:
 
     pool = build_pooling("gem", 384, p=2.0)
     feature = pool(tokens)                  # (B, N, 384) -> (B, pool.num_features);  maps (B, 384, H, W) work as well
@@ -16,9 +17,12 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from poolings.clusters import KMeans
+from poolings.efficient import Ep, EpAll
 from poolings.gates import Cbam, GatherExcite, Se
 from poolings.how import How
+from poolings.multiple_instance import AbMilp
 from poolings.otk import Otk
+from poolings.probes import Aim, Cae, Capi, Coca, VJepa
 from poolings.shapes import Grid
 from poolings.simple import AvgMax, Gap, GeM, Lse, Max
 from poolings.simpool import SimPool
@@ -27,6 +31,9 @@ from poolings.tokens import Cait, Cls
 
 CLASSES = (Gap, Max, AvgMax, GeM, Lse, How, Otk, KMeans, Slot, Se, Cbam, GatherExcite, Cls, Cait, SimPool)
 POOLINGS: dict[str, type[nn.Module]] = {operator.name: operator for operator in CLASSES}
+PROBE_CLASSES = (Ep, EpAll, AbMilp, Aim, Cae, Coca, VJepa, Capi)  # SimPool, gamma None, is a probe as well
+PROBES: dict[str, type[nn.Module]] = {probe.name: probe for probe in PROBE_CLASSES}
+OPERATORS = {**POOLINGS, **PROBES}
 PUBLISHED_NAMES = {"avg": "gap", "learnlse": "lse", "vit": "cls"}  # in the code that SimPool was compared with
 
 
@@ -35,6 +42,7 @@ class Pooling(Protocol):
 
     num_features: int
     needs_map: bool
+    takes_cls: bool
 
     def __call__(
         self, x: Tensor, return_attention: bool = False, grid: Grid | None = None
@@ -46,7 +54,7 @@ def build_pooling(name: str, dim: int, gamma: float | None = None, **settings: A
     """A newly initialised operator (it satisfies `Pooling`).
 
     Args:
-        name: a key of POOLINGS.
+        name: a key of OPERATORS.
         dim: width of the tokens or maps that are to be pooled.
         gamma: exponent of simpool; the others have none.
         settings: the operator's own, by the names of its class's arguments.
@@ -55,16 +63,16 @@ def build_pooling(name: str, dim: int, gamma: float | None = None, **settings: A
         ValueError: for an unknown name or setting (with near matches), for gamma without simpool, and for a value that
             can't work.
     """
-    if name not in POOLINGS:
+    if name not in OPERATORS:
         if name in PUBLISHED_NAMES:
             raise ValueError(f"unknown pooling {name!r}: it is called {PUBLISHED_NAMES[name]} here")
-        raise ValueError(f"unknown pooling {name!r}{_near(name, POOLINGS)}; known are {', '.join(POOLINGS)}")
+        raise ValueError(f"unknown pooling {name!r}{_near(name, OPERATORS)}; known are {', '.join(OPERATORS)}")
     if "gamma" in settings_of(name):
         settings["gamma"] = gamma
     elif gamma is not None:
         raise ValueError(f"{name} has no gamma, got {gamma}; only simpool has one: leave it out")
     check_settings(name, settings)
-    return POOLINGS[name](dim, **settings)
+    return OPERATORS[name](dim, **settings)
 
 
 def check_settings(name: str, settings: Iterable[str]) -> None:
@@ -110,7 +118,7 @@ def _value(text: str) -> bool | int | float | str | None:
 
 def settings_of(name: str) -> dict[str, Any]:
     """The settings of an operator and their defaults."""
-    parameters = inspect.signature(POOLINGS[name]).parameters
+    parameters = inspect.signature(OPERATORS[name]).parameters
     return {key: parameter.default for key, parameter in parameters.items() if key != "dim"}
 
 

@@ -23,6 +23,7 @@ class SimPool(sp.SimPool):
 
     name = "simpool"
     needs_map = False
+    takes_cls = False
 
     def __init__(self, dim: int, gamma: float | None = None, use_beta: bool = False, value_min: str = "image") -> None:
         gamma = None if gamma is None else positive(self.name, "gamma", gamma)

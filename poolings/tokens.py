@@ -1,8 +1,6 @@
 """A learned token that attends to the positions: [CLS] as in ViT, and class attention as in CaiT.
 
-The token is the same for every image, so its query is too. Folded into the key map it is one vector per head that all
-positions are compared with, and the value map is applied to weighted means: D x D products per image in place of N of
-them, the same numbers.
+The token is the same for every image, and so is its query: poolings.queries says how that saves the keys and values.
 
 Shape letters: B batch, N positions, D width, h heads, d = D / h.
 """
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from poolings.base import PoolingBase, head_count
+from poolings.queries import fold, project, scaled_heads
 
 
 class Cls(PoolingBase):
@@ -116,13 +115,12 @@ def attend(
 
     Returns the context (B, D), and the attention to the positions alone (B, h, N), each head's summing to 1.
     """
-    query = query.unflatten(0, (heads, -1)) * (query.shape[0] // heads) ** -0.5  # (h, d)
-    folded = torch.einsum("hd,hde->he", query, key.weight.unflatten(0, (heads, -1)))  # (h, D)
-    shift = (query * key.bias.unflatten(0, (heads, -1))).sum(-1, keepdim=True)  # (h, 1), moves all logits alike
+    query = scaled_heads(query, heads)
+    folded = fold(query, key.weight)  # (h, D)
+    shift = (query * key.bias.unflatten(0, query.shape)).sum(-1, keepdim=True)  # (h, 1), moves all logits alike
     to_token = folded @ token.unsqueeze(1) + shift  # (h, 1)
     to_positions = folded @ x.transpose(1, 2) + shift  # (B, h, N)
     logits = torch.cat([to_token.expand(x.shape[0], -1, -1), to_positions], dim=2)
     own, others = logits.softmax(dim=2).split([1, x.shape[1]], dim=2)
     mean = own * token + others @ x  # (B, h, D)
-    context = torch.einsum("bhe,hde->bhd", mean, value.weight.unflatten(0, (heads, -1))).flatten(1) + value.bias
-    return context, to_positions.softmax(dim=2)
+    return project(mean, value.weight) + value.bias, to_positions.softmax(dim=2)

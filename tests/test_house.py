@@ -24,7 +24,10 @@ LEVELS = {
 }  # fmt: skip
 MODELS = ("vision_transformer", "resnet_simpool", "convnext_simpool", "timm_backbone")
 READING = ("pretrained", "torchfile.read", "torchfile.archive", "torchfile.plain_pickle")
-OPERATORS = ("base", "choose", "clusters", "gates", "how", "otk", "shapes", "simple", "simpool", "slot", "tokens")
+OPERATORS = (
+    "base", "choose", "clusters", "efficient", "gates", "how", "multiple_instance", "otk", "probes", "queries",
+    "shapes", "simple", "simpool", "slot", "tokens",
+)  # fmt: skip
 POOLINGS = tuple(f"poolings.{name}" for name in OPERATORS)
 BACKBONE_FILES = ("sp", *POOLINGS, "pooled_backbone", *READING, *MODELS, "backbones", "distill.heads", "hubconf")
 PROGRAMS = (

@@ -45,6 +45,36 @@ def assert_published(published_name: str, name: str, **settings: Any) -> None:
         torch.testing.assert_close(norm, case["grads"][key], rtol=1e-4, atol=1e-4 if norm < 1e-4 else 0, msg=key)
 
 
+@functools.cache
+def _probes() -> dict[str, Any]:
+    return torch.load(GOLDEN_DIR / "probes.pt", weights_only=True)
+
+
+def published_probes() -> set[str]:
+    """Every NAME of the published numbers probe/NAME_49."""
+    names = {key.removeprefix("probe/").removesuffix("_49") for key in _probes()}
+    return names - {"parameters_768"}
+
+
+def probe_parameters() -> dict[str, int]:
+    """Published numbers of parameters at width 768, by name."""
+    return _probes()["probe/parameters_768"]
+
+
+def assert_published_probe(published_name: str, name: str, training: bool = False, **settings: Any) -> None:
+    """The probe has the published state, number of parameters, output and input gradient."""
+    case = _probes()[f"probe/{published_name}_49"]
+    pool = build_pooling(name, 64, **settings).train(training)
+    pool.load_state_dict(case["state"], strict=True)
+    assert sum(parameter.numel() for parameter in pool.parameters()) == case["parameters"]
+    x = case["x"].clone().requires_grad_()
+    y = pool(x)
+    assert y.shape == (len(x), pool.num_features)
+    assert_close(y.detach(), case["y"], what="output")
+    (y * tensor(83, y.shape)).sum().backward()
+    assert_close(x.grad, case["grad_x"], rel=1e-4, what="gradient")
+
+
 def build(name: str, dim: int = 16, **settings: Any) -> nn.Module:
     """The operator in eval mode, its weights filled from their names, so that none rests at a special value."""
     return fill_(build_pooling(name, dim, **{**SETTINGS.get(name, {}), **settings}), scale=0.3).eval()
@@ -56,7 +86,7 @@ def assert_equals_plain(pool: nn.Module, plain: Callable[..., tuple[Tensor, ...]
     Both differ by rounding only: 1e-9 is some thousand roundings of float64 after the softmaxes.
     """
     pool, x = pool.double(), x.double().requires_grad_()
-    inputs = [x, *pool.parameters()]
+    inputs = [x, *(parameter for parameter in pool.parameters() if parameter.requires_grad)]
     wanted = plain(pool, x)
     actual = pool(x, return_attention=True) if len(wanted) == 2 else (pool(x),)
     results = []

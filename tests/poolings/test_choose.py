@@ -5,31 +5,33 @@ from pathlib import Path
 
 import pytest
 
-from poolings.choose import POOLINGS, build_pooling, settings_of
+from poolings.choose import OPERATORS, POOLINGS, PROBES, build_pooling, settings_of
 from tests.poolings.operators import published_names
 
 
 def test_names():
-    """The fifteen operators; every published number has one of them."""
+    """The fifteen operators of backbones, then the probes; every published number of a backbone's has one of them."""
     assert list(POOLINGS) == [
         "gap", "max", "avgmax", "gem", "lse", "how", "otk", "kmeans", "slot", "se", "cbam", "ge", "cls", "cait",
         "simpool",
     ]  # fmt: skip
+    assert list(PROBES) == ["ep", "ep_all", "abmilp", "aim", "cae", "coca", "vjepa", "capi"]
+    assert list(OPERATORS) == [*POOLINGS, *PROBES]
     theirs = {"avg", "learnlse", "vit"}
     assert published_names() == (set(POOLINGS) - {"gap", "cls", "kmeans"}) | theirs
 
 
-@pytest.mark.parametrize("name", list(POOLINGS))
+@pytest.mark.parametrize("name", list(OPERATORS))
 def test_each_name_builds_its_class(name):
-    """POOLINGS[name] is the class of what is built, and knows its name."""
-    pool = build_pooling(name, 16)
-    assert type(pool) is POOLINGS[name]
+    """OPERATORS[name] is the class of what is built, and knows its name."""
+    pool = build_pooling(name, 64)
+    assert type(pool) is OPERATORS[name]
     assert pool.name == name
 
 
 def test_defaults():
     """The settings that each operator has, and their defaults."""
-    assert {name: settings_of(name) for name in POOLINGS if settings_of(name)} == {
+    assert {name: settings_of(name) for name in OPERATORS if settings_of(name)} == {
         "gem": {"p": 3.0, "learn": True, "reduce": "mean", "eps": 1e-6},
         "lse": {"r": 10.0, "learn": True},
         "how": {"width": 512},
@@ -42,6 +44,14 @@ def test_defaults():
         "cls": {"heads": 4},
         "cait": {"heads": 4},
         "simpool": {"gamma": None, "use_beta": False, "value_min": "image"},
+        "ep": {"queries": 32, "d_out": 1},
+        "ep_all": {"queries": 32, "d_out": 1},
+        "abmilp": {"self_attention": False},
+        "aim": {"heads": 16},
+        "cae": {"heads": 8},
+        "coca": {"queries": 196, "heads": 8},
+        "vjepa": {"heads": 16},
+        "capi": {"classes": 1000},
     }
 
 
@@ -51,8 +61,8 @@ def test_the_document_lists_them():
     found = {}
     for name, settings in re.findall(r"^\| `(\w+)` \| [^|]* \| (?:`(.*?)`)? *\|", document, re.MULTILINE):
         found[name] = eval(f"dict({settings})")
-    assert list(found) == list(POOLINGS)
-    assert found == {name: settings_of(name) for name in POOLINGS}
+    assert list(found) == list(OPERATORS)
+    assert found == {name: settings_of(name) for name in OPERATORS}
 
 
 @pytest.mark.parametrize(
@@ -60,7 +70,8 @@ def test_the_document_lists_them():
     [
         ("simpol", "did you mean simpool"),
         ("avgmx", "did you mean avgmax"),
-        ("zzz", "known are gap, max, avgmax.*simpool"),
+        ("zzz", "known are gap, max, avgmax.*simpool, ep, ep_all, abmilp.*capi"),
+        ("vjeppa", "did you mean vjepa"),
         ("avg", "is called gap here"),
         ("vit", "is called cls here"),
         ("learnlse", "is called lse here"),
