@@ -20,7 +20,7 @@ LEVELS = {
     "main_dino": 6, "main_attmask": 6, "main_supervised": 6, "tools": 6,
     "eval_knn": 6, "eval_linear": 6, "eval_localization": 6, "eval_background": 6, "visualize_attention": 6,
     "export": 6, "hubconf": 6,
-    "benchmarks": 7, "experiments": 7, "run_scripts": 7,
+    "benchmarks": 7, "experiments": 7, "run_scripts": 7, "examples": 7,
 }  # fmt: skip
 MODELS = ("vision_transformer", "resnet_simpool", "convnext_simpool", "timm_backbone")
 READING = ("pretrained", "torchfile.read", "torchfile.archive", "torchfile.plain_pickle", "torchfile.safe")
@@ -144,6 +144,7 @@ def test_sp_is_one_file():
         "tools",
         "benchmarks",
         "experiments",
+        "examples",
     ],
 )
 def test_package_init_files_are_empty(package):
@@ -155,7 +156,7 @@ def test_heavy_imports_wait():
     """No import at a file's top level pulls in torchvision, timm or another heavy or optional package."""
     heavy = r"\b(torchvision|timm|matplotlib|skimage|sklearn|onnx\w*|safetensors)\b"
     for name, path in modules().items():
-        if name.split(".")[0] in ("benchmarks", "run_scripts"):
+        if name.split(".")[0] in ("benchmarks", "run_scripts", "examples"):
             continue
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.Import | ast.ImportFrom):
