@@ -1,4 +1,4 @@
-"""A trained backbone as a file for other software: safetensors, torch's format, or an ONNX graph.
+"""A trained backbone as a file for other software: safetensors, torch's format, or a graph (ONNX, torch.export).
 
     python export.py --pretrained_weights output/checkpoint.pth --format safetensors --output hub/model.safetensors
     python export.py --pretrained_weights output/checkpoint.pth --format onnx --output hub/model.onnx --with_attention
@@ -34,7 +34,13 @@ from vision_transformer import VisionTransformer
 
 __all__ = ["get_args_parser", "load", "main"]
 
-FORMATS = {"safetensors": ("safetensors",), "torch": (), "onnx": graph.PACKAGES}  # and the packages that each needs
+FORMATS = {
+    "safetensors": ("safetensors",),
+    "torch": (),
+    "onnx": graph.PACKAGES,
+    "torch_export": (),
+}  # and what each needs
+GRAPHS = ("onnx", "torch_export")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -47,7 +53,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_flag(group, "--half", action="store_true",
              help="store weights in float16, half the size; what loads them computes in float32")  # fmt: skip
     add_flag(group, "--with_attention", action="store_true",
-             help="onnx: a second output, the attention map (B, heads, h, w)")  # fmt: skip
+             help="graphs: a second output, the attention map (B, heads, h, w)")  # fmt: skip
     add_flag(group, "--opset", type=int, default=None, help=f"onnx: operator set (default: {graph.OLDEST_OPSET})")
     options.add_checkpoint_flags(parser)
     return parser
@@ -74,9 +80,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.half:
         prepare.round_to_half(loaded.model)
     expected = prepare.features(loaded, images)
-    if args.format == "onnx" or size != native:
+    if args.format in GRAPHS or size != native:
         prepare.bake_positions(loaded, size)
-    if args.format == "onnx":
+    if args.format in GRAPHS:
         difference = write_graph(loaded, images, expected, args, output, mean_std)
     else:
         difference = write_weights(loaded, images, expected, args, output)
@@ -102,11 +108,11 @@ def check_arguments(args: argparse.Namespace, output: Path) -> None:
         raise InputError(f"--format {args.format} needs {', '.join(missing)}: pip install {' '.join(missing)}")
     if not args.pretrained_weights:
         raise InputError("--pretrained_weights is empty: give the checkpoint to export")
-    if args.format != "onnx":
-        for flag in ("with_attention", "opset"):
-            if getattr(args, flag):
-                raise InputError(f"--{flag} is for --format onnx; {args.format} holds weights only: leave it out")
-    else:
+    serves = {"with_attention": GRAPHS, "opset": ("onnx",), "half": ("safetensors", "torch", "onnx")}
+    for flag, formats in serves.items():
+        if getattr(args, flag) and args.format not in formats:
+            raise InputError(f"--{flag} is for --format {' or '.join(formats)}, not for {args.format}: leave it out")
+    if args.format == "onnx":
         args.opset = graph.OLDEST_OPSET if args.opset is None else args.opset
         graph.check_opset(args.opset)
     if output.is_dir():
@@ -123,7 +129,7 @@ def check_arguments(args: argparse.Namespace, output: Path) -> None:
 
 def check_resizable(loaded: LoadedModel, kind: str) -> None:
     """Raise InputError if weights cannot be written for another size of images than they were trained for."""
-    if kind != "onnx" and not isinstance(loaded.model, VisionTransformer):
+    if kind not in GRAPHS and not isinstance(loaded.model, VisionTransformer):
         raise InputError(
             f"--img_size: the weights of {loaded.config['arch']} are the same for every size; leave it out, or export "
             "a graph with --format onnx"
@@ -165,19 +171,24 @@ def write_weights(
 def write_graph(
     loaded: LoadedModel, images: Tensor, expected: Tensor, args: argparse.Namespace, output: Path, mean_std: Any
 ) -> float:
-    """Write the graph once onnxruntime has run it; returns the largest difference.
+    """Write the graph once it has been run (ONNX by onnxruntime); returns the largest difference.
 
     `expected` are the features before the positions were baked. Raises RunStopped, and leaves no file, if a difference
     is above 1e-4.
     """
     module = graph.outputs_of(loaded.model, images, args.with_attention)
     texts = {"config": settings_of(loaded), "mean": mean_std[0], "std": mean_std[1]}
-    data = graph.build(module, images, args.opset, args.half, texts)
+    if args.format == "onnx":
+        data = graph.build_onnx(module, images, args.opset, args.half, texts)
+        runner = graph.run_onnx(data)
+    else:
+        data = graph.build_program(module, images, texts)
+        runner = graph.run_program(data)
     baked = (prepare.features(loaded, images) - expected).abs().max().item()
-    for difference in (baked, graph.largest_difference(data, module, images)):
+    for difference in (baked, graph.largest_difference(runner, module, images)):
         if not difference <= graph.LARGEST_DIFFERENCE:  # NaN is refused too
             raise RunStopped(
-                f"{output}: onnxruntime's numbers differ by {difference:.1e} from torch's, more than "
+                f"{output}: the graph's numbers differ by {difference:.1e} from torch's, more than "
                 f"{graph.LARGEST_DIFFERENCE:g}; nothing was written"
             )
     with input_errors():

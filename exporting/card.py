@@ -45,6 +45,14 @@ import onnxruntime
 session = onnxruntime.InferenceSession("{file}")
 {outputs} = session.run(None, {{"images": images}})  # images float32 (B, {channels}, {height}, {width_px}), any B
 ```""",
+    "torch_export": """```python
+import torch
+
+model = torch.export.load("{file}").module()
+{outputs} = model(images)  # images float32 (B, {channels}, {height}, {width_px}), any B
+```
+
+A file of this format can run code when it is loaded; take it only from people you trust.""",
 }
 
 

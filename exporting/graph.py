@@ -1,12 +1,13 @@
-"""A model as an ONNX graph: written by torch's exporter, and run at once by onnxruntime on photographs."""
+"""A model as a graph, in ONNX or torch.export's format, written by torch and run at once on photographs."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,10 +56,11 @@ def check_opset(opset: int) -> None:
         raise InputError(f"--opset {opset}: this version of onnx takes {OLDEST_OPSET} to {newest}; choose one of them")
 
 
-def build(module: Outputs, images: Tensor, opset: int, half: bool, texts: Mapping[str, Any]) -> bytes:
-    """The graph as a file's bytes: input `images` with any batch size; outputs `features`, and `attention`.
+def build_onnx(module: Outputs, images: Tensor, opset: int, half: bool, texts: Mapping[str, Any]) -> bytes:
+    """An ONNX file's bytes: input `images` with any batch size; outputs `features`, and `attention`.
 
     half: weights that float16 holds exactly are stored in it, and cast back before they are used.
+    texts: what the file's metadata says, as JSON; `config` is the model's settings.
 
     Raises InputError if the model has an operation that ONNX lacks, or the opset one that the graph needs.
     """
@@ -67,13 +69,10 @@ def build(module: Outputs, images: Tensor, opset: int, half: bool, texts: Mappin
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
                 module, (images[:2],), dynamo=True, verbose=False, opset_version=opset, input_names=["images"],
-                output_names=names, dynamic_shapes=({0: torch.export.Dim("batch")},),
+                output_names=names, dynamic_shapes=_any_batch(),
             )  # fmt: skip
     except torch.onnx.OnnxExporterError as error:
-        raise InputError(
-            f"--format onnx: this model ({texts['config']['arch']}, mode {texts['config'].get('mode', 'official')}) "
-            f"cannot be written as a graph ({_cause(error)}); export it as safetensors or torch"
-        ) from error
+        raise _no_graph("onnx", texts["config"], error) from error
     proto = program.model_proto
     written = next(entry.version for entry in proto.opset_import if entry.domain == "")
     if written != opset:
@@ -85,21 +84,57 @@ def build(module: Outputs, images: Tensor, opset: int, half: bool, texts: Mappin
     return proto.SerializeToString()
 
 
-def largest_difference(graph: bytes, module: Outputs, images: Tensor) -> float:
-    """Between onnxruntime's and torch's numbers, over all outputs, for one photograph and for all of them at once."""
+def build_program(module: Outputs, images: Tensor, texts: Mapping[str, Any]) -> bytes:
+    """A file's bytes for torch.export.load: images with any batch size to (features,) or (features, attention).
+
+    texts: extra files in it, as JSON. Raises InputError if torch.export does not follow the model.
+    """
+    buffer = io.BytesIO()
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.export.export(module, (images[:2],), dynamic_shapes=_any_batch())
+            torch.export.save(program, buffer, extra_files={key: json.dumps(value) for key, value in texts.items()})
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise _no_graph("torch_export", texts["config"], error) from error
+    return buffer.getvalue()
+
+
+def run_onnx(data: bytes) -> Callable[[Tensor], Sequence[Tensor]]:
+    """The graph in a file's bytes, run by onnxruntime."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    return lambda images: [torch.from_numpy(found) for found in session.run(None, {"images": images.numpy()})]
+
+
+def run_program(data: bytes) -> Callable[[Tensor], Sequence[Tensor]]:
+    """The graph in a file's bytes, run by torch without the model's code."""
+    with _quiet():
+        return torch.export.load(io.BytesIO(data)).module()
+
+
+@torch.no_grad()
+def largest_difference(graph: Callable[[Tensor], Sequence[Tensor]], module: Outputs, images: Tensor) -> float:
+    """Between the graph's numbers and the model's, over all outputs, for one photograph and for all of them at once."""
     differences = []
     for batch in (images[:1], images):
-        with torch.no_grad():
-            expected = module(batch)
-        found = session.run(None, {"images": batch.numpy()})
-        for here, there in zip(expected, found, strict=True):
-            if tuple(here.shape) != there.shape:
+        for here, there in zip(module(batch), graph(batch), strict=True):
+            if here.shape != there.shape:
                 return float("inf")
-            differences.append(float(np.abs(here.numpy() - there).max()))
+            differences.append((here - there).abs().max().item())
     return float(np.max(differences))  # NaN if one is
+
+
+def _any_batch() -> tuple[dict[int, Any]]:
+    """The shapes of the inputs that vary: the number of images."""
+    return ({0: torch.export.Dim("batch")},)
+
+
+def _no_graph(kind: str, config: Mapping[str, Any], error: BaseException) -> InputError:
+    return InputError(
+        f"--format {kind}: this model ({config['arch']}, mode {config.get('mode', 'official')}) cannot be written as a "
+        f"graph ({_cause(error)}); export it as safetensors or torch"
+    )
 
 
 def _store_half(proto: Any) -> None:

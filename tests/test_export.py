@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -182,8 +184,9 @@ def test_files_of_others_stay(tmp_path, capsys):
         (["--format", "onnxx"], "onnxx"),
         (["--img_size", "33"], "33x33 is not divisible.*32x32"),
         (["--img_size", "0"], "img_size 0"),
-        (["--with_attention"], "--with_attention is for --format onnx"),
-        (["--opset", "18"], "--opset is for --format onnx"),
+        (["--with_attention"], "--with_attention is for --format onnx or torch_export, not for safetensors"),
+        (["--opset", "18"], "--opset is for --format onnx, not for safetensors"),
+        (["--half", "--format", "torch_export"], "--half is for --format safetensors or torch or onnx, not for torch_"),
         (["--pretrained_weights", "/nowhere.pth"], "nowhere.pth"),
         (["--pretrained_weights", ""], "pretrained_weights is empty"),
         (["--checkpoint_key", "student"], "no weights under 'student'; --checkpoint_key can be: teacher"),
@@ -314,6 +317,33 @@ def test_a_graph_gives_the_checkpoints_numbers(onnx_packages, tmp_path, photogra
         for there, here in zip(found, expected, strict=True):
             assert there.shape == here.shape
             assert (torch.from_numpy(there) - here).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n == "vit_simpool" else pytest.param(n, marks=pytest.mark.full) for n in (*GRAPHS,)],
+)
+def test_a_program_of_torch_export_gives_the_checkpoints_numbers(tmp_path, photographs, name):
+    """torch.export.load runs it, without this code, on any number of images at the exported size."""
+    settings = GRAPHS[name]
+    checkpoint = checkpoint_of(tmp_path / "c.pth", **settings)
+    with_map = name in ("vit_simpool", *WITH_MAP)
+    file = run(checkpoint, "torch_export", tmp_path / "m.pt2", *(["--with_attention"] if with_map else []))
+    code = (
+        "import sys, torch; images, path, out = sys.argv[1:]\n"
+        "found = torch.export.load(path).module()(torch.load(images)); assert 'vision_transformer' not in sys.modules\n"
+        "torch.save([x.detach() for x in found], out)"
+    )
+    images = photographs(settings["img_size"])
+    torch.save(images, tmp_path / "images.pt")
+    paths = [str(tmp_path / part) for part in ("images.pt", file.name, "out.pt")]
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code, *paths], cwd=tmp_path, check=True)
+    found, model = torch.load(tmp_path / "out.pt"), load_checkpoint_model(checkpoint).model
+    with torch.no_grad():
+        expected = (model(images), model.get_attention_map(images)) if with_map else (model(images),)
+    for there, here in zip(found, expected, strict=True):
+        assert there.shape == here.shape
+        assert (there - here).abs().max() <= 1e-4
 
 
 @pytest.mark.full
