@@ -8,6 +8,7 @@ Layouts that are read:
     {student, teacher, ..., config}     ours; `config` records every setting
     {student, teacher, ..., args}       DINO, SimPool, iBOT and AttMask as published; `args` are their flags
     {"state_dict": weights}, {"model": weights}, or the weights alone
+    an export in torch's format (as ours, with `state_dict`) or safetensors', whose header holds `config`
 
 A setting comes from our `config`, else from the published `args`, else from the names and shapes of the weights. What
 none of them tells is listed as `unknown`: the number of attention heads leaves no trace in any shape, nor does gamma in
@@ -26,6 +27,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchfile import read as torchfile
+from torchfile import safe
 
 # What belongs to the model that a file holds, in the order in which it is told.
 MODEL_KEYS = (
@@ -67,7 +69,7 @@ class Pretrained:
 
 def read(path: str | Path) -> dict[str, Any]:
     """A file's content as plain data, read without running any of it. Raises ValueError and OSError."""
-    content = torchfile.read(path)
+    content = safe.read(path) if safe.is_safetensors(path) else torchfile.read(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")
     return content

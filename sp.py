@@ -132,6 +132,37 @@ class SimPool(nn.Module):
             raise ValueError(f"SimPool has nothing to pool: no positions in shape {tuple(x.shape)}")
         return tokens
 
+    @classmethod
+    def from_timm(cls, module: nn.Module) -> SimPool:
+        """This layer with the weights of timm's SimPool1d or SimPool2d, on their device and in their dtype.
+
+        Without gamma it gives timm's numbers. With gamma the attention is timm's, but the minimum is that of the image,
+        as in the paper, while timm subtracts each channel's own: fine-tune such a layer, or train it here.
+
+        Raises:
+            ValueError: if the module is not timm's SimPool, or has what this layer lacks (qk_norm, another norm).
+        """
+        parts = ("norm", "q", "k", "q_norm", "k_norm", "num_heads", "gamma")
+        missing = [name for name in parts if not hasattr(module, name)]
+        if missing:
+            raise ValueError(
+                f"SimPool.from_timm takes timm.layers.SimPool1d or SimPool2d; a {type(module).__name__} has no "
+                f"{', '.join(missing)}"
+            )
+        norm = module.norm
+        if not isinstance(module.q_norm, nn.Identity) or not isinstance(module.k_norm, nn.Identity):
+            raise ValueError("SimPool.from_timm: the module norms its queries and keys; build it with qk_norm=False")
+        if not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
+            raise ValueError(f"SimPool.from_timm: the module's norm is {norm}; it must be a LayerNorm with a bias")
+        pool = cls(
+            norm.normalized_shape[0], module.num_heads, qkv_bias=module.q.bias is not None, gamma=module.gamma
+        )  # fmt: skip
+        pool.norm_patches.eps = norm.eps
+        pool.to(norm.weight)
+        for mine, theirs in ((pool.norm_patches, norm), (pool.wq, module.q), (pool.wk, module.k)):
+            mine.load_state_dict(theirs.state_dict())
+        return pool.train(module.training)
+
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_heads={self.num_heads}, gamma={self.gamma}, value_min={self.value_min!r}"
 

@@ -14,25 +14,35 @@ LEVELS = {
     "sp": 0, "torchfile": 0.1, "pretrained": 0.2, "runtime": 0.3,  # in this order
     "distill": 1, "optim": 1, "data": 1, "poolings": 1,
     "pooled_backbone": 1.5, "vision_transformer": 2, "resnet_simpool": 2, "convnext_simpool": 2, "timm_backbone": 2,
-    "backbones": 3,
+    "backbones": 3, "portable": 3.5,
     "evaluation": 4,
-    "utils": 5, "training": 5,
+    "utils": 5, "training": 5, "exporting": 5,
     "main_dino": 6, "main_attmask": 6, "main_supervised": 6, "tools": 6,
     "eval_knn": 6, "eval_linear": 6, "eval_localization": 6, "eval_background": 6, "visualize_attention": 6,
-    "hubconf": 6,
-    "benchmarks": 7, "experiments": 7, "run_scripts": 7,
+    "export": 6, "hubconf": 6,
+    "benchmarks": 7, "experiments": 7, "run_scripts": 7, "examples": 7,
 }  # fmt: skip
 MODELS = ("vision_transformer", "resnet_simpool", "convnext_simpool", "timm_backbone")
-READING = ("pretrained", "torchfile.read", "torchfile.archive", "torchfile.plain_pickle")
+READING = ("pretrained", "torchfile.read", "torchfile.archive", "torchfile.plain_pickle", "torchfile.safe")
 OPERATORS = (
     "base", "choose", "clusters", "efficient", "gates", "how", "multiple_instance", "otk", "probes", "queries",
     "shapes", "simple", "simpool", "slot", "tokens",
 )  # fmt: skip
 POOLINGS = tuple(f"poolings.{name}" for name in OPERATORS)
-BACKBONE_FILES = ("sp", *POOLINGS, "pooled_backbone", *READING, *MODELS, "backbones", "distill.heads", "hubconf")
+BACKBONE_FILES = (
+    "sp",
+    *POOLINGS,
+    "pooled_backbone",
+    *READING,
+    *MODELS,
+    "backbones",
+    "portable",
+    "distill.heads",
+    "hubconf",
+)
 PROGRAMS = (
     "main_dino", "main_attmask", "main_supervised", "eval_knn", "eval_linear", "eval_localization", "eval_background",
-    "visualize_attention", "hubconf",
+    "visualize_attention", "export", "hubconf",
 )  # fmt: skip
 
 
@@ -133,9 +143,11 @@ def test_sp_is_one_file():
         "runtime",
         "evaluation",
         "training",
+        "exporting",
         "tools",
         "benchmarks",
         "experiments",
+        "examples",
     ],
 )
 def test_package_init_files_are_empty(package):
@@ -144,14 +156,15 @@ def test_package_init_files_are_empty(package):
 
 
 def test_heavy_imports_wait():
-    """No import at a file's top level pulls in torchvision, timm, matplotlib, scikit-image or scikit-learn."""
+    """No import at a file's top level pulls in torchvision, timm or another heavy or optional package."""
+    heavy = r"\b(torchvision|timm|matplotlib|skimage|sklearn|onnx\w*|safetensors)\b"
     for name, path in modules().items():
-        if name.split(".")[0] in ("benchmarks", "run_scripts"):
+        if name.split(".")[0] in ("benchmarks", "run_scripts", "examples"):
             continue
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.Import | ast.ImportFrom):
                 text = ast.unparse(node)
-                assert not re.search(r"\b(torchvision|timm|matplotlib|skimage|sklearn)\b", text), f"{name}: {text}"
+                assert not re.search(heavy, text), f"{name}: {text}"
 
 
 def test_what_is_imported_is_required():
@@ -162,7 +175,7 @@ def test_what_is_imported_is_required():
     required = {
         re.split(r"[><=]", line)[0].strip().lower() for line in (ROOT / "requirements.txt").read_text().splitlines()
     }
-    optional = {"submitit"}
+    optional = {"submitit", "onnx", "onnxruntime", "safetensors"}
     known = set(GRAPH) | {name.split(".")[0] for name in GRAPH}
     for name, path in modules().items():
         for target in imports(path):

@@ -29,6 +29,15 @@ def test_loads_through_torch_hub():
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 192)
 
 
+@pytest.mark.parametrize("name", sorted(n for n in backbones.available() for n in (n, f"{n}_simpool")))
+def test_every_entry_loads_through_torch_hub(name):
+    """hub.load from a checkout builds each entry point with trust_repo=True; on the meta device, so without memory."""
+    with torch.device("meta"):
+        model = torch.hub.load(str(ROOT), name, source="local", trust_repo=True, img_size=32)
+        assert model(torch.zeros(2, 3, 32, 32)).shape == (2, model.num_features)
+    assert model.mode == ("simpool" if name.endswith("_simpool") else "official")
+
+
 @pytest.mark.parametrize("key", ["teacher", "student"])
 def test_loads_a_published_checkpoint(key):
     """The backbone of a published training checkpoint loads, teacher and student, prefixes and head left out."""

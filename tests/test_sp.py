@@ -242,3 +242,49 @@ def test_file_needs_only_torch():
     imported = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     imported |= {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     assert imported <= {"torch"} | sys.stdlib_module_names
+
+
+@pytest.mark.parametrize(("heads", "bias"), [(1, False), (3, True)])
+@pytest.mark.parametrize("gamma", [None, 1.25])
+def test_from_timm(heads, bias, gamma):
+    """timm's layer by its own weights: its numbers without gamma; with gamma those of its formula for the image.
+
+    timm subtracts each channel's minimum over the positions, the paper and this layer the image's.
+    """
+    from timm.layers import SimPool1d, SimPool2d
+
+    x = torch.randn(2, 12, 24)
+    maps = x.transpose(1, 2).unflatten(2, (3, 4))
+    for theirs, inputs in ((SimPool1d, x), (SimPool2d, maps)):
+        module = theirs(24, num_heads=heads, qkv_bias=bias, gamma=gamma).eval()
+        torch.nn.init.normal_(module.norm.weight, 1.0, 0.3)
+        torch.nn.init.normal_(module.norm.bias, 0.0, 0.3)
+        pool = SimPool.from_timm(module)
+        assert not pool.training
+        with torch.no_grad():
+            values = module.norm(x)
+            split = lambda t: t.unflatten(-1, (heads, -1)).transpose(1, 2)  # noqa: E731 (B, h, N, d)
+            logits = split(module.q(x.mean(1, keepdim=True))) @ split(module.k(values)).transpose(-1, -2)
+            attention = (logits * module.scale).softmax(-1)
+            if gamma is None:
+                expected = module(inputs)
+            else:
+                shifted = split(values - values.amin((1, 2), keepdim=True) + 1e-6)
+                expected = (attention @ shifted.pow(gamma)).pow(1 / gamma).transpose(1, 2).flatten(1)
+                assert not torch.allclose(module(inputs), expected, atol=1e-2)
+            pooled, weights = pool(inputs, return_attention=True)
+        assert_close(pooled, expected)
+        assert_close(weights, attention[:, :, 0])
+
+
+def test_from_timm_refuses_what_it_cannot_hold():
+    """Normed queries, another norm and another module are named."""
+    from timm.layers import RmsNorm, SimPool1d
+
+    for module, message in (
+        (SimPool1d(24, qk_norm=True), "qk_norm=False"),
+        (SimPool1d(24, norm_layer=RmsNorm), "must be a LayerNorm"),
+        (nn.Linear(4, 4), "Linear has no norm"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SimPool.from_timm(module)
