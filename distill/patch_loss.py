@@ -204,7 +204,7 @@ class iBOTLoss(nn.Module):
             targets = teacher_probabilities(teacher_cls, self.center, temp)
             cls = cross_entropy_between_views(student_cls, targets, views, self.student_temp)
         patch = weighted_cross_entropy(student_patch, teacher_patch, self.center2, weights, temp2, self.student_temp)
-        cls, patch = self.lambda1 * cls, self.lambda2 * patch
+        cls, patch = self.lambda1 * cls, patch * self.lambda2
         return cls + patch, cls, patch
 
     @torch.no_grad()

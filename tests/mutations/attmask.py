@@ -56,8 +56,7 @@ MUTATIONS = [
     ),
     *of_file(
         "distill/patch_loss.py",
-        ("lambdas_exchanged", "cls, patch = self.lambda1 * cls, self.lambda2 * patch\n        return cls + patch, cls",
-         "cls, patch = self.lambda2 * cls, self.lambda1 * patch\n        return cls + patch, cls",
-         f"{LEAN}[hint, two heads]"),
+        ("lambda_of_patches_forgotten", "cls, patch = self.lambda1 * cls, patch * self.lambda2",
+         "cls, patch = self.lambda1 * cls, patch * self.lambda1", f"{LEAN}[hint, two heads]"),
     ),
 ]  # fmt: skip
