@@ -330,7 +330,10 @@ def test_every_third_step_can_be_continued(small, tmp_path):
         assert_equal_states(tmp_path / "whole", folder)
 
 
-@pytest.mark.parametrize("extra", [[], ["--fsdp", "true"]], ids=["copied", "sharded"])
+@pytest.mark.parametrize(
+    "extra",
+    [pytest.param([], id="copied"), pytest.param(["--fsdp", "true"], id="sharded", marks=pytest.mark.full)],
+)
 def test_two_processes_train_as_one(small, tmp_path, extra):
     """At one global batch, two processes get the losses of one within 1e-5, and near weights."""
     flags = [*ATTMASK, "--data_path", small, "--epochs", 2, "--eval_every", 0, "--global_batch_size", 16,

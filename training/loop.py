@@ -149,7 +149,7 @@ class Loop:
     def go(self, out: Outputs) -> bool:
         """Train to the end. Returns True once there, False if asked to stop (the state is then saved)."""
         self.out, run, args = out, self.run, self.run.args
-        untrained = self.step == 0 and args.eval_every and not args.init_from
+        untrained = self.step == 0 and args.eval_every and args.report and not args.init_from  # for the page
         if untrained and not evaluate_untrained(self.watch, len(self.train), self.folder, lambda: self.stop.requested):
             return self.finish(done=False)
         while self.epoch < args.epochs:

@@ -32,7 +32,10 @@ RUNS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", RUNS)
+LONG = [pytest.param(name, marks=pytest.mark.full) for name in ("kmeans", "cbam", "how", "official")]
+
+
+@pytest.mark.parametrize("name", ["gem", "slot", *LONG])
 def test_any_pooling_trains_resumes_and_is_read_back(small, tmp_path, name):
     """Stopped and continued, the run ends bit for bit the same; its config alone builds the model again."""
     flags, settings = RUNS[name]
