@@ -33,7 +33,7 @@ from runtime.checks import at_least_one, at_most, check_choice, from_zero_to_one
 from runtime.cli import add_flag, bool_flag
 from runtime.guards import InputError, input_errors, run_program
 from runtime.reproduce import fix_random_seeds
-from training import arguments, flags, launch, recipes, transforms
+from training import arguments, few_images, flags, launch, recipes, transforms
 from training.backbone import build_backbone, check_crop_sizes, load_initial_backbone
 from training.method import Method
 from training.plan import make_plan
@@ -41,6 +41,7 @@ from training.run import NO_WISHES, Means, Run, Wishes, choose_hardware
 from training.validation import Validation
 
 MIXES = ("batch", "pair", "elem")
+_WITH_SPLITS = ("jsd_loss", "split_bn")  # what needs augmentation splits
 
 
 # ------------------------------------------------------------------------------------------------ the step
@@ -122,7 +123,8 @@ def build(args: argparse.Namespace, images: int, device: torch.device) -> Run:
             f"--mixup and --cutmix mix the images of a forward in pairs, and {plan.batch_size} per process is odd; use "
             f"--batch_size_per_gpu {plan.batch_size + 1}, or --mixup 0 --cutmix 0"
         )
-    recipes.note_batch(args, plan.global_batch)
+    if not few_images.applies(args, images):
+        recipes.note_batch(args, plan.global_batch)
     choice = choose_hardware(args, device, convolutional=backbones.family(args.arch) != "vit")
     fix_random_seeds(args.seed)
     student, average = build_models(args)
@@ -181,7 +183,7 @@ def _add_method_flags(group: argparse._ArgumentGroup) -> None:
              help="cross-entropy of the first of --aug_splits, and the Jensen-Shannon divergence of all")  # fmt: skip
     add_flag(group, "--split_bn", type=bool_flag, help="separate BatchNorm for each of --aug_splits while training")
     add_flag(group, "--drop_rate", "--drop", type=float, help="dropout, in a ViT's blocks or before the head; 0: none")
-    add_flag(group, "--model_ema_decay", type=float,
+    add_flag(group, "--model_ema_decay", "--ema_decay", type=float,
              help="decay per step of the model's average, the checkpoint's teacher; 0 for none")  # fmt: skip
     add_flag(group, "--warmup_lr", type=float, help="learning rate at which the warm-up starts")
     add_flag(group, "--layer_decay", type=float,
@@ -207,15 +209,24 @@ def _check(args: argparse.Namespace) -> None:
             raise InputError(f"--{key} {getattr(args, key)}: must be from 0 to below 1")
     if args.layer_decay == 0:
         raise InputError("--layer_decay 0: only the head would be trained; give 1 for none, or .65 to .75")
-    for key in ("jsd_loss", "split_bn"):
+    for key in _WITH_SPLITS:
         if getattr(args, key) and args.aug_splits < 2:
             raise InputError(f"--{key} true needs augmentation splits; use --aug_splits 3, or --{key} false")
     if args.aug_splits and (args.mixup or args.cutmix):
-        raise InputError(
-            f"--aug_splits {args.aug_splits} with --mixup or --cutmix: use one of them, and 0 for the other"
-        )
+        _choose_splits_or_mixing(args)
     if args.recipe == "finetune" and not (args.init_from or args.resume):
         raise InputError("--recipe finetune starts from a trained backbone: give its checkpoint with --init_from")
+
+
+def _choose_splits_or_mixing(args: argparse.Namespace) -> None:
+    """Of augmentation splits and mixing, leave out what only the recipe asked for. Raises InputError if neither is."""
+    for asked, left_out in (("aug_splits", ("mixup", "cutmix")), ("mixup and cutmix", ("aug_splits", *_WITH_SPLITS))):
+        if all(args.sources[key].startswith("recipe ") for key in left_out):
+            for key in left_out:
+                setattr(args, key, type(getattr(args, key))(0))
+                args.sources[key] = f"left out for {asked}"
+            return
+    raise InputError(f"--aug_splits {args.aug_splits} with --mixup or --cutmix: set one of them to 0")
 
 
 def _fit(args: argparse.Namespace, train: ImageSource) -> None:
@@ -249,9 +260,14 @@ METHOD = Method(
 )
 
 
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments of a command line, completed and checked."""
+    return arguments.parse("main_supervised.py", METHOD, __doc__, argv)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the program; returns its exit code."""
-    return launch.train(arguments.parse("main_supervised.py", METHOD, __doc__, argv), METHOD)
+    return launch.train(parse_arguments(argv), METHOD)
 
 
 if __name__ == "__main__":

@@ -144,6 +144,11 @@ class PooledBackbone(nn.Module):
             pooled, attention = operator(x, return_attention=True, **settings)
         else:
             pooled = operator(x, **settings)
+        if pooled.shape[-1] != self.num_features:  # known only once the operator has met a map
+            raise ValueError(
+                f"{self.mode} makes {pooled.shape[-1]} numbers of images of {size[0]}x{size[1]}, and the model "
+                f"was built for {self.num_features}; set pooling_args for this size, such as map_size"
+            )
         return (self.normed(pooled) if self.pool_position == "before" else pooled), attention
 
     def positions(self, features: Tensor) -> Tensor:

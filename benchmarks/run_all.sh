@@ -76,6 +76,12 @@ for amp in none bf16; do
     section "Step, ViT-T/16, autocast $amp" "$small" benchmarks.train_step --arch vit_tiny --amp "$amp"
     section "Step, ResNet-50, autocast $amp" "$small" benchmarks.train_step --arch resnet50 --out_dim 4096 --amp "$amp"
 done
+for amp in none bf16; do
+    section "AttMask step, ViT-S/16, autocast $amp" "--rounds 1 --batch_size 2 --out_dim 256 --local_crops_number 2" \
+        benchmarks.attmask_step --amp "$amp"
+    section "Supervised step, ViT-S/16, autocast $amp" "--rounds 1 --batch_size 2 --img_size 32" \
+        benchmarks.supervised_step --amp "$amp"
+done
 section "Step, each change alone" "$small --arch vit_tiny" benchmarks.train_step --arch vit_small --each true --rounds 3
 section "Update" "--rounds 1 --out_dim 256" benchmarks.optimizer
 section "Start-up" "--rounds 1" benchmarks.startup

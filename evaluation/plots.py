@@ -117,7 +117,8 @@ class Panel:
 
 TERMS = {"train_entropy": "entropy of the target", "train_kl": "KL"}  # share a panel: their sum is the loss
 TITLES = {
-    "train_loss": "Loss", "train_lr": "Learning rate", "train_wd": "Weight decay", "train_grad_norm": "Gradient norm",
+    "train_loss": "Loss", "train_cls": "Loss of [CLS]", "train_patch": "Loss of masked patches",
+    "train_lr": "Learning rate", "train_wd": "Weight decay", "train_grad_norm": "Gradient norm",
     "images_per_s": "Images per second", "data_wait": "Part of the time spent waiting for data",
     "bad_images": "Bad images in the epoch",
 }  # fmt: skip

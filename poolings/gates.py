@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from poolings.base import ChannelPooling, PoolingBase, flag, whole
 from poolings.shapes import Grid
 
+PUBLISHED_MAP = (7, 7)  # the last map of a convolutional network at 224 pixels
+
 
 class Bottleneck(nn.Module):
     """Two 1 x 1 convolutions with a ReLU between, over (B, D, H, W) maps; the middle has D / reduction channels."""
@@ -98,32 +100,34 @@ class Cbam(PoolingBase):
     Source: Woo et al., "CBAM: Convolutional Block Attention Module", ECCV 2018.
     Shapes: (B, D, H, W) or a grid of (B, N, D) tokens -> (B, D); the weights are s (B, 1, N), each between 0 and 1, no
     distribution. The code published with SimPool stops before the mean and returns the gated map flattened, channel by
-    channel: `flatten=True`, (B, D H W). That width is fixed, so maps of another size are refused then.
+    channel: `flatten=True`, (B, D H W). `num_features` is then the width for `map_size`, and maps of another size are
+    refused; without map_size it is that of the published 7 x 7, and maps of any size are taken.
 
     Args:
         dim: width D.
         reduction: f's hidden layer has D / reduction channels, rounded, at least one.
         flatten: return the gated map, not its mean.
-        map_size: (H, W) of the maps, only used with flatten.
+        map_size: (H, W) of the maps, or None; only used with flatten.
     """
 
     name = "cbam"
     needs_map = True
 
-    def __init__(self, dim: int, reduction: int = 16, flatten: bool = False, map_size: Grid = (7, 7)) -> None:
+    def __init__(self, dim: int, reduction: int = 16, flatten: bool = False, map_size: Grid | None = None) -> None:
         super().__init__(dim)
         self.channel = Bottleneck(dim, whole(self.name, "reduction", reduction), bias=False)
         convolution = nn.Conv2d(2, 1, 7, padding=3, bias=False)
         self.spatial = nn.ModuleDict({"conv": nn.ModuleDict({"conv": convolution, "bn": nn.BatchNorm2d(1)})})
         self.flatten = flag(self.name, "flatten", flatten)
-        if not isinstance(map_size, tuple | list) or len(map_size) != 2:
-            raise ValueError(f"{self.name}: map_size must be (rows, columns), got {map_size!r}")
-        rows, columns = self.map_size = tuple(whole(self.name, "map_size", side) for side in map_size)
+        if map_size is not None and (not isinstance(map_size, tuple | list) or len(map_size) != 2):
+            raise ValueError(f"{self.name}: map_size must be (rows, columns) or None, got {map_size!r}")
+        self.map_size = None if map_size is None else tuple(whole(self.name, "map_size", side) for side in map_size)
         if flatten:
+            rows, columns = self.map_size or PUBLISHED_MAP
             self.num_features = dim * rows * columns
 
     def pool(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.flatten and tuple(x.shape[2:]) != self.map_size:
+        if self.flatten and self.map_size not in (None, tuple(x.shape[2:])):
             raise ValueError(
                 f"{self.name}: flatten=True was built for maps of {self.map_size}, got {tuple(x.shape[2:])}; "
                 "set map_size, or flatten=False"

@@ -212,6 +212,21 @@ def test_the_masks_of_a_step_do_not_depend_on_ranks_or_micro_batches():
     assert not torch.equal(images.__getitems__([(2, 8)]).drawn, alone.drawn)
 
 
+def test_drawn_masks_differ_between_epochs():
+    """Block-wise and random masks are drawn per image, crop and epoch, and hide int(r N) at most, r per crop."""
+    for shape in ("block", "rand"):
+        run = make_run(
+            "--batch_size_per_gpu", 2, "--pred_shape", shape, "--pred_ratio", 0, 0.3, "--pred_ratio_var", 0, 0.2
+        )
+        images = run.views.dataset(open_images("demo", "train"), 0)
+        first, again, later = (images.__getitems__([(epoch, i) for i in range(16)]).drawn for epoch in (0, 0, 1))
+        assert torch.equal(first, again)
+        assert not torch.equal(first, later)
+        counts = first.sum(-1).flatten().tolist()
+        assert {0} < set(counts)
+        assert max(counts) <= 8  # of 16 patches
+
+
 # ---- flags
 
 
@@ -315,7 +330,10 @@ def test_every_third_step_can_be_continued(small, tmp_path):
         assert_equal_states(tmp_path / "whole", folder)
 
 
-@pytest.mark.parametrize("extra", [[], ["--fsdp", "true"]], ids=["copied", "sharded"])
+@pytest.mark.parametrize(
+    "extra",
+    [pytest.param([], id="copied"), pytest.param(["--fsdp", "true"], id="sharded", marks=pytest.mark.full)],
+)
 def test_two_processes_train_as_one(small, tmp_path, extra):
     """At one global batch, two processes get the losses of one within 1e-5, and near weights."""
     flags = [*ATTMASK, "--data_path", small, "--epochs", 2, "--eval_every", 0, "--global_batch_size", 16,

@@ -17,13 +17,10 @@ from runtime.guards import EXIT_NON_FINITE, EXIT_PREEMPTED, InputError, NonFinit
 from tests import pretraining, processes
 from tests.pretraining import assert_equal_states, rows
 from tests.supervised import RESNET, VIT, train
-from training import arguments
 
 
 def resolved(*flags):
-    return arguments.parse(
-        "main_supervised.py", main_supervised.METHOD, main_supervised.__doc__, ["--data_path", "some", *map(str, flags)]
-    )
+    return main_supervised.parse_arguments(["--data_path", "some", *map(str, flags)])
 
 
 # ------------------------------------------------------------------------------------------------ a run
@@ -124,6 +121,16 @@ def test_the_best_checkpoint_is_that_of_the_best_average(small, tmp_path):
     assert best["best"] == max(scores)
 
 
+def test_the_average_has_its_statistics(small, tmp_path):
+    """BatchNorm's running statistics of the average lie between the start's and the model's, its counter is equal."""
+    flags = [*RESNET, "--recipe", "vit", "--drop_path_rate", 0, "--data_path", small, "--output_dir", tmp_path]
+    assert train(*flags, "--epochs", 1, "--max_steps", 1, "--model_ema_decay", 0.75, "--eval_every", 0) == 0
+    content = read_checkpoint(tmp_path / "checkpoint.pth")
+    model, average = content["student"]["module.backbone.bn1.running_mean"], content["teacher"]
+    torch.testing.assert_close(average["backbone.bn1.running_mean"], 0.25 * model)
+    assert average["backbone.bn1.num_batches_tracked"] == 1
+
+
 def test_evaluate_repeats_the_last_validation(small, tmp_path, capsys):
     """--evaluate on a run's folder takes its arguments from the checkpoint and gives the last epoch's numbers."""
     assert train(*VIT, "--data_path", small, "--output_dir", tmp_path, "--epochs", 1) == 0
@@ -221,6 +228,15 @@ def test_recipes_are_the_published_ones(arch, expected):
     assert args.weight_decay_end == args.weight_decay
 
 
+def test_a_flag_leaves_out_what_the_recipe_has_against_it():
+    """Splits by flag switch the recipe's mixing off, mixing by flag the recipe's splits, and the sources tell."""
+    splits = resolved("--aug_splits", 2)
+    assert (splits.mixup, splits.cutmix, splits.aug_splits) == (0, 0, 2)
+    assert splits.sources["mixup"] == "left out for aug_splits"
+    mixing = resolved("--arch", "resnet50", "--mixup", 0.2)
+    assert (mixing.aug_splits, mixing.jsd_loss, mixing.split_bn, mixing.mixup) == (0, False, False, 0.2)
+
+
 def test_help_says_that_the_rate_is_not_scaled(capsys):
     """--help describes --lr, and does not offer the k-NN of self-supervised runs."""
     with pytest.raises(SystemExit):
@@ -243,7 +259,7 @@ def test_the_rate_is_as_given(small, tmp_path):
         (["--jsd_loss", "true"], r"--jsd_loss true needs augmentation splits; use --aug_splits 3"),
         (["--split_bn", "true"], r"--split_bn true needs augmentation splits"),
         (["--split_bn", "true", "--aug_splits", 3, "--mixup", 0], "no BatchNorm to split"),
-        (["--aug_splits", 3], "--aug_splits 3 with --mixup or --cutmix"),
+        (["--aug_splits", 3, "--mixup", 0.2], "--aug_splits 3 with --mixup or --cutmix"),
         (["--aug_splits", 1], "--aug_splits 1"),
         (["--batch_size_per_gpu", 1], r"1 per process is odd; use --batch_size_per_gpu 2"),
         (["--batch_size_per_gpu", 15], r"15 per process is odd; use --batch_size_per_gpu 16"),

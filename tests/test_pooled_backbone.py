@@ -207,6 +207,14 @@ def test_tokens_of_another_width_than_the_norm():
         before.get_intermediate_layers(x, 1)
 
 
+def test_an_operator_of_another_width_than_it_said_is_named():
+    """cbam's flattened map has the width of one image size; another one is refused in words."""
+    model = built("vit", "cbam", pooling_args={"flatten": True})
+    with pytest.raises(ValueError, match=r"cbam makes 768 numbers of images of 32x48, .* 1568; set pooling_args"):
+        model(images("vit"))
+    assert built("vit", "cbam", pooling_args={"flatten": True, "map_size": (4, 6)})(images("vit")).shape == (2, 768)
+
+
 def test_fewer_blocks():
     """At least one block stays."""
     assert [fewer_blocks(3, n) for n in (0, 1, 2)] == [3, 2, 1]

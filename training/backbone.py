@@ -17,13 +17,13 @@ from poolings.choose import read_settings
 from runtime.guards import InputError, input_errors
 
 # The flags of the pooling, with their defaults: what a checkpoint from before they existed means.
-POOLING_DEFAULTS = {"use_beta": None, "pool_position": None, "pool_depth": 0, "pooling_args": []}
+POOLING_DEFAULTS = {"use_beta": None, "pool_position": None, "pool_depth": 0, "pooling_args": None}
 
 
 def build_backbone(args: argparse.Namespace, **settings: Any) -> nn.Module:
     """The backbone that the flags describe, with random weights. Raises ValueError as `backbones.build_backbone`."""
     described = {key: getattr(args, key) for key in (*pretrained.MODEL_KEYS, *pretrained.POLICY_KEYS)}
-    described["pooling_args"] = read_settings(args.pooling_args)
+    described["pooling_args"] = read_settings(args.pooling_args or ())
     described["pool_position"] = args.pool_position or "before"
     return backbones.build_backbone(**described, **settings)
 

@@ -20,12 +20,17 @@ FEW = 20_000
 _SPAN = 0.1  # part of a supervised run that the average of its model spans; published: 25,000 steps of 216,000
 
 
+def applies(args: argparse.Namespace, images: int) -> bool:
+    """Whether the settings of a run of `images` images are fitted to so few."""
+    return images < FEW and args.recipe == "auto"
+
+
 def fit_to_few_images(args: argparse.Namespace, images: int, begun_with: Mapping[str, Any]) -> None:
     """Replace values from a published recipe, noting which and why; explicit flags and an explicit --recipe win.
 
     begun_with: the arguments of the run that is continued, which keeps its values; empty for a new run.
     """
-    if images >= FEW or args.recipe != "auto":
+    if not applies(args, images):
         return
     chosen = []
     for key, value, why in _choices(args, images):

@@ -44,7 +44,7 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
              help="SimPool's exponent; None for a weighted mean; auto: 1.25 for tokens, 2.0 for maps")  # fmt: skip
     add_flag(group, "--use_beta", type=bool_flag,
              help="SimPool's learned scalar (default: if tokens are pooled before the final norm)")  # fmt: skip
-    add_flag(group, "--pooling_args", nargs="*", default=[], metavar="KEY=VALUE",
+    add_flag(group, "--pooling_args", nargs="+", metavar="KEY=VALUE",
              help="settings of another pooling, such as p=2 learn=false for gem (default: none)")  # fmt: skip
     add_flag(group, "--pool_position", choices=POSITIONS,
              help="pool before or after the final norm (default: as published for the method)")  # fmt: skip

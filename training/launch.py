@@ -39,6 +39,7 @@ from training.few_images import fit_to_few_images
 from training.images import open_data
 from training.loop import Loop, Outputs
 from training.method import Method
+from training.page import write_page
 from training.refused import replay_step
 from training.run import Run
 
@@ -232,7 +233,7 @@ def write_pictures_and_report(loop: Loop, done: bool) -> None:
                 loop.out.board.picture(path.stem, path.read_bytes(), loop.step)
     except (ValueError, OSError) as error:
         say(f"no pictures: {error}")
-    page = loop.write_report("done" if done else "preempted")
+    page = write_page(loop.run.args, loop.folder, "done" if done else "preempted")
     if page is not None:
         say(f"report: {page}")
 

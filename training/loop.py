@@ -27,11 +27,12 @@ from runtime.tensorboard import TensorBoard
 from runtime.terminal import say
 from training import arguments
 from training.method import Method
+from training.page import write_page
 from training.refused import RefusedSteps
 from training.run import Run, Wishes
 from training.state import check_same_run, load_training_state, model_config, training_state
 from training.untrained import evaluate_untrained
-from training.watch import result_lines
+from training.watch import result_lines, result_scalars
 
 
 @dataclasses.dataclass
@@ -148,7 +149,7 @@ class Loop:
     def go(self, out: Outputs) -> bool:
         """Train to the end. Returns True once there, False if asked to stop (the state is then saved)."""
         self.out, run, args = out, self.run, self.run.args
-        untrained = self.step == 0 and args.eval_every and not args.init_from
+        untrained = self.step == 0 and args.eval_every and args.report and not args.init_from  # for the page
         if untrained and not evaluate_untrained(self.watch, len(self.train), self.folder, lambda: self.stop.requested):
             return self.finish(done=False)
         while self.epoch < args.epochs:
@@ -169,7 +170,7 @@ class Loop:
             if is_main_process():
                 out.log.append(row)
             if args.report and self.watch is not None and due:
-                self.write_report("running")
+                write_page(args, self.folder, "running")
             if not finished:  # --max_steps within an epoch
                 break
             self.epoch += 1
@@ -208,24 +209,8 @@ class Loop:
             return None
         for line in result_lines(results):
             say(f"epoch {self.epoch}: {line}")
-        for name, cases in results.items():  # {"k-NN": {"10": {"top1": 61.2}}} is eval/knn10_top1
-            for case, values in cases.items():
-                tag = f"eval/{name.replace('-', '').lower()}{'' if case.isdigit() else '_'}{case}"
-                self.out.board.scalars({f"{tag}_{metric}": value for metric, value in values.items()}, self.step)
+        self.out.board.scalars(result_scalars(results), self.step)
         return results
-
-    def write_report(self, state: str) -> Path | None:
-        """Write report.html on rank 0; None, with a warning, if that fails, because a page must not end a run."""
-        if not is_main_process():
-            return None
-        from evaluation import report
-
-        changed = [key for key, source in self.run.args.sources.items() if source != "default"]
-        try:
-            return report.write_report(self.folder, state, changed)
-        except Exception as error:
-            say(f"warning: no report ({type(error).__name__}: {error})")
-            return None
 
     def train_epoch(self) -> bool:
         """Run the remaining steps of this epoch; False if the run was asked to stop before the end."""

@@ -80,10 +80,7 @@ _DINO = {
     "clip_grad": 3.0,
 }
 
-# What `--data_path demo` trains if no model is chosen: a small ViT, in minutes on a laptop. The values are those of the
-# quick start, for hundreds of steps instead of DINO's hundred thousand; docs/LOG.md describes how they were found.
-_DEMO = {
-    **_DINO,
+_DEMO_MODEL = {
     "arch": "vit_small",
     "mode": "simpool",
     "patch_size": 8,
@@ -92,6 +89,13 @@ _DEMO = {
     "num_heads": 3,
     "img_size": 32,
     "epochs": 12,
+}
+
+# What `--data_path demo` trains if no model is chosen: a small ViT, in minutes on a laptop. The values are those of the
+# quick start, for hundreds of steps instead of DINO's hundred thousand; docs/LOG.md describes how they were found.
+_DEMO = {
+    **_DINO,
+    **_DEMO_MODEL,
     "batch_size_per_gpu": 32,
     "lr": 0.005,
     "min_lr": 1e-5,
@@ -180,16 +184,9 @@ _FINETUNE = {
 # What `--data_path demo` trains with labels if no model is chosen; docs/LOG.md tells what it reaches.
 _SUPERVISED_DEMO = {
     **_SUPERVISED_VIT,
-    "arch": "vit_small",
-    "mode": "simpool",
-    "patch_size": 8,
-    "embed_dim": 96,
-    "depth": 4,
-    "num_heads": 3,
-    "img_size": 32,
-    "epochs": 12,
+    **_DEMO_MODEL,
     "batch_size_per_gpu": 64,
-    "lr": 2e-3,
+    "lr": 1e-3,
     "warmup_epochs": 1,
     "drop_rate": 0.0,
     "drop_path_rate": 0.0,

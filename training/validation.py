@@ -74,7 +74,7 @@ def validate(
         val, BATCH, args.num_workers, args.img_size, math.floor(args.img_size / args.crop_pct), share,
         pin_memory=device.type == "cuda", on_bad_image="skip",
     )  # fmt: skip
-    counts = {name: torch.zeros(3, dtype=torch.float64, device=device) for name in models}  # top-1, top-5, loss
+    counts = {name: torch.zeros(3, dtype=torch.float64) for name in models}  # top-1, top-5, loss
     labels, seen, stopped = torch.as_tensor(val.labels), [], False
     for images, index in loader:
         stopped = stopped or should_stop()
@@ -88,23 +88,23 @@ def validate(
         for name, model in models.items():
             with eval_mode(model), run.hardware.autocast():
                 logits = model(images).float()  # (B, classes)
-            counts[name] += _hits(logits, targets)
+            counts[name] += _hits(logits, targets).to("cpu", torch.float64)
     if any(all_gather_objects(stopped)):
         raise Interrupted
     good = torch.cat([torch.empty(0, dtype=torch.int64), *seen])
     total = len(val) - report_skipped(val, np.setdiff1d(share, good.numpy()).tolist(), "validation")
-    if get_world_size() > 1:
-        for count in counts.values():
-            dist.all_reduce(count)
-    means = {name: (count / total).tolist() for name, count in counts.items()}
+    of_ranks = all_gather_objects({name: count.tolist() for name, count in counts.items()})
+    means = {
+        name: [sum(column) / total for column in zip(*(of[name] for of in of_ranks), strict=True)] for name in models
+    }
     return {name: {"top1": 100 * top1, "top5": 100 * top5, "loss": loss} for name, (top1, top5, loss) in means.items()}
 
 
 def _hits(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """(images with the right class first, among the first five, sum of the cross-entropy), (3,) float64."""
+    """(images with the right class first, among the first five, sum of the cross-entropy), (3,)."""
     hit = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
     loss = F.cross_entropy(logits, targets, reduction="none")
-    return torch.stack([hit[:, 0].double().sum(), hit.double().sum(), loss.double().sum()])
+    return torch.stack([hit[:, 0].float().sum(), hit.float().sum(), loss.sum()])
 
 
 def _share_buffers(model: nn.Module) -> None:

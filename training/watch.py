@@ -55,6 +55,16 @@ def result_lines(results: dict[str, dict[str, Any]]) -> list[str]:
     ]
 
 
+def result_scalars(results: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """An evaluation's results under TensorBoard's names: eval/knn10_top1, eval/val_average_top1."""
+    return {
+        f"eval/{name.replace('-', '').lower()}{'' if case.isdigit() else '_'}{case}_{metric}": value
+        for name, cases in results.items()
+        for case, values in cases.items()
+        for metric, value in values.items()
+    }
+
+
 class TeacherWatch:
     """The teacher of a self-supervised run: signs of collapse on a few fixed images, k-NN, attention maps."""
 

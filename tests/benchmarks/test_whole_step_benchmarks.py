@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import backbones
-from benchmarks import compile_step, into_docs, optimizer, startup, train_step
+from benchmarks import compile_step, into_docs, optimizer, startup, supervised_step, train_step
 from benchmarks.plain_step import PlainStep
 from distill.heads import DINOHead
 from distill.multicrop import MultiCropWrapper
@@ -37,6 +37,15 @@ def test_plain_and_own_step_give_the_same_weights():
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(plain.loss.center, run.loss.center, rtol=1e-4, atol=1e-6)
     assert not torch.equal(before, run.teacher.head.mlp[0].weight)
+
+
+def test_the_supervised_step_is_timms():
+    """Three steps of main_supervised and of timm's own model, mixing, loss and AdamW have the same losses."""
+    flags = ["--arch", "vit_small", "--recipe", "vit", "--img_size", "32", "--data_path", "demo", "--amp", "none"]
+    flags += ["--batch_size_per_gpu", "2", "--matmul_precision", "highest", "--lr", "0.01", "--epochs", "1"]
+    result = supervised_step.compare(flags, CPU, rounds=1)
+    assert result.error < result.tolerance
+    assert result.seconds.keys() == {"timm", "ours"}
 
 
 def test_a_difference_is_found():

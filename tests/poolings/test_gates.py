@@ -93,7 +93,9 @@ def test_flattened_cbam():
     torch.testing.assert_close(flat(x).unflatten(1, (16, 15)).mean(2), pool(x))
     with pytest.raises(ValueError, match=r"cbam: flatten=True was built for maps of \(3, 5\), got \(4, 4\)"):
         flat(tensor(1, (2, 16, 4, 4)))
-    assert build("cbam", flatten=True).num_features == 16 * 49
+    published = build("cbam", flatten=True)
+    assert published.num_features == 16 * 49
+    torch.testing.assert_close(published(x), flat(x))
 
 
 @pytest.mark.parametrize("make", [lambda: Cbam(6), lambda: GatherExcite(6)])

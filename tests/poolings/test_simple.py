@@ -90,11 +90,13 @@ def test_a_channel_of_zeros_without_clamping():
     assert (x.grad == 0).all()
 
 
-def test_positions_that_tie_share_the_gradient():
-    """max gives equal shares to equal positions."""
-    x = torch.ones(1, 4, 2, requires_grad=True)
+@pytest.mark.parametrize("shape", [(1, 4, 2), (1, 2, 2, 2)])
+def test_of_positions_that_tie_one_gets_the_gradient(shape):
+    """Each channel's whole gradient goes to a single position, as in torch's max-pooling layers."""
+    x = torch.ones(shape, requires_grad=True)
     Max(2)(x).sum().backward()
-    assert (x.grad == 0.25).all()
+    assert x.grad.sum() == 2
+    assert (x.grad == 1).sum() == 2
 
 
 def test_representation_shows_what_is_learned():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from functools import partial
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import backbones
+import main_dino
 import utils
 from poolings.choose import read_settings
 from pretrained import load_weights
@@ -16,6 +18,7 @@ from runtime.checkpoint import read_checkpoint, save_checkpoint
 from runtime.guards import InputError
 from tests.pretraining import FAMILIES, VIT, assert_equal_states, train
 from tests.small_images import tiny_checkpoint
+from training import arguments
 from training.backbone import fit_positions, initial_settings
 
 GEM = ["--mode", "gem", "--pooling_args", "p=2", "learn=false", "eps=none"]
@@ -29,7 +32,10 @@ RUNS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", RUNS)
+LONG = [pytest.param(name, marks=pytest.mark.full) for name in ("kmeans", "cbam", "how", "official")]
+
+
+@pytest.mark.parametrize("name", ["gem", "slot", *LONG])
 def test_any_pooling_trains_resumes_and_is_read_back(small, tmp_path, name):
     """Stopped and continued, the run ends bit for bit the same; its config alone builds the model again."""
     flags, settings = RUNS[name]
@@ -166,3 +172,14 @@ def test_what_the_initial_file_does_not_tell_is_asked_for(tmp_path):
     with pytest.raises(InputError, match="--num_heads"):
         initial_settings(str(path), ())
     assert initial_settings(str(path), {"num_heads"})["embed_dim"] == 24
+
+
+@pytest.mark.parametrize("flags", [[], ["--mode", "gem", "--pooling_args", "p=2", "learn=false", "--pool_depth", "1"]])
+def test_the_configuration_of_a_run_can_be_given_again(tmp_path, flags):
+    """config.json holds the pooling's flags, given or not, in a form that --config reads."""
+    args = main_dino.parse_arguments([*VIT, "--data_path", "demo", *flags])
+    saved = arguments.saved(args, main_dino.METHOD)
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    again = arguments.saved(main_dino.parse_arguments(["--config", str(tmp_path / "config.json")]), main_dino.METHOD)
+    for key in ("mode", "pooling_args", "pool_position", "pool_depth", "use_beta", "gamma"):
+        assert again[key] == saved[key], key
