@@ -1,0 +1,27 @@
+"""portable.load: a file as a model in one line."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import portable
+from tests.reference import reference_checkpoint_path
+from tests.small_images import tiny_checkpoint
+
+
+def test_a_checkpoint_is_loaded_with_its_settings(tmp_path):
+    """The model is in eval mode and tells what it was built with."""
+    model = portable.load(tiny_checkpoint(tmp_path / "c.pth"))
+    assert not model.training
+    assert (model.settings["img_size"], model.settings["mode"]) == (32, "simpool")
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 24)
+
+
+def test_what_a_file_does_not_tell_is_named(tmp_path):
+    """A published file of another width leaves the heads open; a file of no known network its architecture."""
+    with pytest.raises(ValueError, match="does not tell num_heads; load it through hubconf"):
+        portable.load(reference_checkpoint_path())
+    torch.save({"w": torch.ones(1)}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="does not tell arch"):
+        portable.load(tmp_path / "w.pth")
