@@ -29,7 +29,17 @@ def test_loads_through_torch_hub():
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 192)
 
 
-@pytest.mark.parametrize("name", sorted(n for n in backbones.available() for n in (n, f"{n}_simpool")))
+DEEP = ("resnet101", "resnet152", "convnext_small", "convnext_base", "convnext_large", "convnext_xlarge")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name + end, marks=[pytest.mark.full] if name in DEEP else [])
+        for name in backbones.available()
+        for end in ("", "_simpool")
+    ],
+)
 def test_every_entry_loads_through_torch_hub(name):
     """hub.load from a checkout builds each entry point with trust_repo=True; on the meta device, so without memory."""
     with torch.device("meta"):
