@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from data.augment import CropSpec
-from data.colour import IMAGENET_MEAN, IMAGENET_STD
+from data.colour import channel_statistics
 from data.eval_set import EvalSet
 from data.sampler import TrainSampler
 from data.source import ImageSource
@@ -110,10 +110,14 @@ class _InOrder:
 def normalize(
     images: torch.Tensor,
     dtype: torch.dtype = torch.float32,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> torch.Tensor:
-    """(B, C, H, W) uint8 -> `dtype`, scaled to [0, 1] and normalised per channel, on the images' device."""
+    """(B, C, H, W) uint8 -> `dtype`, scaled to [0, 1] and normalised per channel, on the images' device.
+
+    mean, std: of each channel; by default ImageNet's, as in training (`channel_statistics`).
+    """
+    mean, std = channel_statistics(images.shape[1], mean, std)
     scale = torch.tensor([1 / (255 * s) for s in std], device=images.device).view(-1, 1, 1)
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device).view(-1, 1, 1)
     return (images * scale + shift).to(dtype)

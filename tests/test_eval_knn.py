@@ -17,6 +17,7 @@ import torch
 
 import eval_knn
 from runtime.guards import InputError
+from tests.pretraining import VIT, rows, train
 from tests.reference import reference_checkpoint_path
 from tests.small_images import small_root, tiny_checkpoint
 
@@ -235,3 +236,14 @@ def test_a_set_without_a_split_is_evaluated_on_a_part_of_it(checkpoint, root, tm
              tmp_path)  # fmt: skip
     data = json.loads((tmp_path / "eval_knn.json").read_text())["data"]
     assert (data["train_images"], data["val_images"]) == (72, 24)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_a_model_of_other_channels_is_watched_and_evaluated(small, tmp_path, channels):
+    """Gray images, and four channels: k-NN while training, and of the checkpoint, on what the training normalises."""
+    flags = [*VIT, "--data_path", small, "--in_chans", channels, "--epochs", 1, "--nb_knn", 5, "--eval_every", 1]
+    assert train(*flags, "--output_dir", tmp_path) == 0
+    (row,) = rows(tmp_path)
+    evaluate("--pretrained_weights", tmp_path / "checkpoint.pth", "--data_path", small, "--nb_knn", 5)
+    found = json.loads((tmp_path / "eval_knn.json").read_text())["results"]["knn"][0]
+    assert found["top1"] == row["k-NN"]["5"]["top1"]

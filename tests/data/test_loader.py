@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from data import bad_images
 from data.augment import ColourStage, CropSpec
 from data.bad_images import BadImages, skipped_line
+from data.colour import channel_statistics
 from data.datasets import open_images
 from data.loader import ahead_on_device, build_eval_loader, build_loader, build_train_loader, normalize
 from data.sampler import TrainSampler
@@ -344,3 +345,11 @@ def test_bad_files_of_other_ranks_are_named_by_rank_0_at_the_end_of_the_epoch(br
     other = BadImages(broken, max_fraction=0.5, report=lines.append)
     other.see(TrainSet(broken, SPEC, 0).__getitems__([(0, 3)]))
     assert len(lines) == 2
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_normalising_keeps_the_channels(channels):
+    """As the colour stage of training: ImageNet's statistics for three channels, their averages for any other number."""
+    images = torch.randint(256, (2, channels, 4, 4), dtype=torch.uint8)
+    mean, std = (torch.tensor(x).view(-1, 1, 1) for x in channel_statistics(channels, None, None))
+    torch.testing.assert_close(normalize(images), (images / 255 - mean) / std, rtol=1e-5, atol=1e-5)
