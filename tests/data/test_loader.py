@@ -349,7 +349,7 @@ def test_bad_files_of_other_ranks_are_named_by_rank_0_at_the_end_of_the_epoch(br
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_normalising_keeps_the_channels(channels):
-    """As the colour stage of training: ImageNet's statistics for three channels, their averages for any other number."""
+    """As the colour stage of training: ImageNet's statistics for three channels, their averages otherwise."""
     images = torch.randint(256, (2, channels, 4, 4), dtype=torch.uint8)
     mean, std = (torch.tensor(x).view(-1, 1, 1) for x in channel_statistics(channels, None, None))
     torch.testing.assert_close(normalize(images), (images / 255 - mean) / std, rtol=1e-5, atol=1e-5)
