@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 import backbones
+from data.source import ImageSource
 from distill.heads import ACTIVATIONS, iBOTHead
 from distill.masked_multicrop import MaskedStudent, MaskingTeacher
 from distill.patch_loss import iBOTLoss
@@ -231,6 +232,11 @@ def _check_heads(args: argparse.Namespace) -> None:
         args.patch_out_dim, args.sources["patch_out_dim"] = args.out_dim, "out_dim, since the teacher's head is shared"
 
 
+def _fit(args: argparse.Namespace, _train: ImageSource) -> None:
+    """Heads that are shared agree again after K was fitted to few images. Raises InputError."""
+    _check_heads(args)
+
+
 def _check_views(args: argparse.Namespace) -> None:
     """Raise InputError for views that leave nothing to compare."""
     if args.global_crops_number == 1 and args.local_crops_number == 0:
@@ -261,6 +267,7 @@ METHOD = Method(
     check=_check,
     config=_config,
     watch=MaskWatch,
+    fit=_fit,
     cosmetic=frozenset({"load_from", "use_cuda", "n_last_blocks", "avgpool_patchtokens"}),
 )
 

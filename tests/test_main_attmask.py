@@ -284,6 +284,18 @@ def test_recipes(recipe, expected):
     assert args.lr == 0.1
 
 
+def test_few_images_choose_prototypes_for_both_heads(small, tmp_path, capsys):
+    """Without a recipe, 96 images take fewer prototypes, patches with them, in a run and in its continuation."""
+    flags = ["--arch", "vit_small", *TINY, "--data_path", small, "--epochs", 2, "--eval_every", 0]
+    flags = [*flags[: flags.index("--out_dim")], *flags[flags.index("--out_dim") + 2 :], "--output_dir", tmp_path]
+    assert run_attmask(*flags, "--max_steps", 2) == 0
+    assert run_attmask(*flags) == 0
+    saved = read_checkpoint(tmp_path / "checkpoint.pth")
+    assert saved["config"]["out_dim"] == saved["config"]["patch_out_dim"] == saved["ibot_loss"]["center2"].shape[-1]
+    assert saved["config"]["out_dim"] == 1024
+    assert "are few for the published recipe" in capsys.readouterr().out
+
+
 PUBLISHED = """--batch_size_per_gpu 60 --norm_last_layer False --epochs 100 --output_dir out --shared_head True
 --out_dim 8192 --local_crops_number 10 --global_crops_scale 0.25 1 --local_crops_scale 0.05 0.25 --pred_ratio 0.3
 --pred_ratio_var 0.2 --masking_prob 0.5 --pred_shape attmask_high --show_max 0.1 --data_path photos --num_workers 4

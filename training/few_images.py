@@ -54,6 +54,7 @@ def _choices(args: argparse.Namespace, images: int) -> list[tuple[str, Any, str]
         ("out_dim", 1024 if images < 5_000 else 4096, "as many prototypes as so few images can fill"),
         ("momentum_teacher", 0.98 if images < 5_000 else 0.99, "so that the teacher moves within few steps"),
         ("teacher_temp", 0.04, "low: with few steps a higher one tends to collapse"),
+        ("teacher_patch_temp", 0.04, "the same"),
         ("warmup_teacher_temp_epochs", 0, "nothing to warm up to"),
         ("warmup_epochs", min(args.warmup_epochs, max(1, args.epochs // 10)), "a tenth of the run"),
     ]
