@@ -60,6 +60,18 @@ def test_the_demo_shows_photographs_beside_an_untrained_network(tmp_path):
     assert {"cat-image.png", "cat-untrained-map.png", "grid.png"} <= names
 
 
+def test_masks_are_drawn_for_every_checkpoint(root, tmp_path):
+    """--masks writes what masked image modelling would hide of the images, by each checkpoint's attention."""
+    paths = [str(tiny_checkpoint(tmp_path / f"{mode}.pth", mode=mode)) for mode in ("official", "simpool")]
+    flags = ["--data_path", str(root), "--num_images", "2", "--masks", "--mask_ratio", "0.4"]
+    flags += ["--output_dir", str(tmp_path / "out")]
+    assert visualize_attention.main(["--pretrained_weights", *paths, *flags]) == 0
+    assert len(list((tmp_path / "out").glob("*-masks.png"))) == 2
+    assert visualize_attention.main(["--pretrained_weights", paths[0], *flags]) == 0
+    with Image.open(tmp_path / "out" / "masks.png") as picture:
+        assert picture.width > 7 * 224
+
+
 def test_images_of_a_labelled_set_come_from_different_classes(root):
     """The first images of a labelled set are taken class by class in turn."""
     source = visualize_attention.open_images(root, "val")
@@ -69,6 +81,9 @@ def test_images_of_a_labelled_set_come_from_different_classes(root):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--masks", "--mask_ratio", "0"], "--mask_ratio 0"),
+        (["--masks", "--show_max", "1"], "--show_max 1"),
+        (["--masks", "--video"], "leave one of them out"),
         (["--image_size", "33"], "33 33.*32 32"),
         (["--threshold", "1.5"], "1.5"),
         (["--titles", "a", "b"], "2 names for 1"),
