@@ -20,7 +20,8 @@ from runtime.cli import (
 from runtime.guards import InputError, input_errors
 from runtime.saver import NEWEST
 from training import recipes
-from training.backbone import FORMER_DEFAULTS, choose_stem, initial_settings
+from training.backbone import choose_stem, initial_settings
+from training.flags import FORMER_DEFAULTS
 from training.method import Method
 
 # Arguments that may change between two starts of one run, because they do not affect its mathematics. The number of

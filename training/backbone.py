@@ -15,11 +15,8 @@ import backbones
 import pretrained
 from poolings.choose import read_settings
 from runtime.guards import InputError, input_errors
+from training.flags import FORMER_DEFAULTS
 
-# Flags of the model, with what a checkpoint from before they existed means.
-FORMER_DEFAULTS = {
-    "use_beta": None, "pool_position": None, "pool_depth": 0, "pooling_args": None, "stem": "standard",
-}  # fmt: skip
 _BY_SIZE = f"for images below {backbones.SMALL_IMAGES} pixels"
 
 

@@ -12,7 +12,8 @@ from pretrained import MODEL_KEYS, NEWEST_FORMAT, POLICY_KEYS, without_prefix
 from runtime.guards import InputError
 from runtime.terminal import say
 from training import arguments
-from training.backbone import FORMER_DEFAULTS, pooling_config
+from training.backbone import pooling_config
+from training.flags import FORMER_DEFAULTS
 from training.method import Method
 from training.run import Run
 
