@@ -16,7 +16,7 @@ FORMER_DEFAULTS = {
     "use_beta": None, "pool_position": None, "pool_depth": 0, "pooling_args": None, "stem": "standard",
     "global_crops_number": 2, "blur_prob": (1.0, 0.1, 0.5), "solarize_prob": 0.2, "jitter": (0.4, 0.4, 0.2, 0.1),
     "jitter_prob": 0.8, "gray_prob": 0.2, "momentum_teacher_end": 1.0, "head_layers": 3, "head_hidden_dim": 2048,
-    "bottleneck_dim": 256,
+    "bottleneck_dim": 256, "freeze_backbone_epochs": 0,
 }  # fmt: skip
 
 
