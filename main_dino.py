@@ -32,7 +32,7 @@ from distill.multicrop import MultiCropWrapper
 from optim.clipping import cancel_gradients_last_layer
 from runtime.checks import above_zero, at_least_one, at_most, zero_or_more
 from runtime.cli import add_flag, bool_flag
-from runtime.guards import input_errors, run_program
+from runtime.guards import InputError, input_errors, run_program
 from runtime.reproduce import fix_random_seeds
 from training import arguments, flags, frozen, launch, multicrop, self_distillation
 from training.backbone import build_backbone, check_crop_sizes, load_initial_backbone
@@ -132,6 +132,8 @@ def _add_method_flags(group: argparse._ArgumentGroup) -> None:
     add_flag(group, "--use_bn_in_head", type=bool_flag, help="BatchNorm in the head")
     self_distillation.add_flags(group)
     frozen.add_flags(group)
+    add_flag(group, "--checkpoint_key", choices=("teacher", "student"),
+             help="which backbone of --init_from; default: the student, or the teacher without one")  # fmt: skip
     add_flag(group, "--warmup_teacher_temp", type=float, help="initial teacher temperature")
     add_flag(group, "--teacher_temp", type=float, help="teacher temperature after its warm-up")
     add_flag(group, "--warmup_teacher_temp_epochs", type=int, help="epochs over which it warms up; 0 for none")
@@ -147,6 +149,8 @@ def _check(args: argparse.Namespace) -> None:
     above_zero(args, "teacher_temp", "warmup_teacher_temp")
     self_distillation.check(args)
     frozen.check(args)
+    if args.recipe.startswith("continue") and not (args.init_from or args.resume):
+        raise InputError("--recipe continue starts from a trained backbone: give its checkpoint with --init_from")
     multicrop.complete(args)
 
 
@@ -165,6 +169,7 @@ METHOD = Method(
     check=_check,
     config=_config,
     watch=TeacherWatch,
+    cosmetic=frozenset({"checkpoint_key"}),
 )
 
 
