@@ -52,7 +52,8 @@ def test_unknown_recipe():
     ("recipe", "arch", "name"),
     [
         ("cifar", "vit_tiny", "cifar_vit"), ("cifar", "resnet18", "cifar_resnet"),
-        ("cifar_resnet", "vit_tiny", "cifar_resnet"), ("continue", "convnext_tiny", "continue_convnext"), ("imagenette", "vit_small", "imagenette"),
+        ("cifar_resnet", "vit_tiny", "cifar_resnet"), ("continue", "convnext_tiny", "continue_convnext"),
+        ("imagenette", "vit_small", "imagenette"),
     ],
 )  # fmt: skip
 def test_a_recipe_of_several_families_follows_the_architecture(recipe, arch, name):

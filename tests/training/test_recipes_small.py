@@ -25,7 +25,8 @@ def test_imagenette_has_lightlys_figures():
         "clip_grad": 0, "out_dim": 2048, "head_layers": 3, "head_hidden_dim": 2048, "bottleneck_dim": 256,
         "use_bn_in_head": True, "norm_last_layer": True, "momentum_teacher": 0.99, "momentum_teacher_end": 0.99,
         "teacher_temp": 0.04, "warmup_teacher_temp": 0.04, "global_crops_scale": (0.4, 1),
-        "local_crops_scale": (0.05, 0.4), "local_crops_number": 6, "local_crops_size": 64, "freeze_last_layer": 0, "blur_prob": (1.0, 0.1, 0.5),
+        "local_crops_scale": (0.05, 0.4), "local_crops_number": 6, "local_crops_size": 64,
+        "freeze_last_layer": 0, "blur_prob": (1.0, 0.1, 0.5),
     }  # fmt: skip
     assert {key: getattr(args, key) for key in expected} == expected
     assert args.sources["lr"] == "recipe imagenette"
