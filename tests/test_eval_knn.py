@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import eval_knn
+from evaluation.models import load_checkpoint_model
 from runtime.guards import InputError
 from tests.pretraining import VIT, rows, train
 from tests.reference import reference_checkpoint_path
@@ -170,7 +171,7 @@ def test_dino_scripts_find_their_functions(checkpoint, root, tmp_path):
 
     data = eval_knn.ReturnIndexDataset(root / "val", transform=transform)
     assert torch.tensor([label for _, label in data.samples]).equal(test_labels)
-    model = eval_knn.load_checkpoint_model(checkpoint).model
+    model = load_checkpoint_model(checkpoint).model
     loader = torch.utils.data.DataLoader(data, batch_size=8, sampler=[3, 1, 2, 0, *range(4, 32), 0])
     again = torch.nn.functional.normalize(eval_knn.extract_features(model, loader, use_cuda=False), dim=1)
     assert torch.allclose(again, test, atol=1e-5)
