@@ -2,7 +2,8 @@
 
     python eval_knn.py --pretrained_weights output/checkpoint.pth --data_path /path/to/imagenet
     python eval_knn.py --pretrained_weights output/checkpoint.pth --data_path demo --low_shot
-    python eval_knn.py --pretrained_weights output/checkpoint.pth --data_path photos/ --embed photos.npz
+    python eval_knn.py --pretrained_weights output/checkpoint.pth --data_path photos/ --embed photos.npz --plot tsne
+    python eval_knn.py --pretrained_weights output/checkpoint.pth --data_path photos/ --embed patches/ --tokens patches
 
 The checkpoint may be ours or the published code's; what model it holds is read from it. Prints a table, and writes
 eval_knn.json to the checkpoint's folder (or to --output_dir). The flags are the published program's. The protocol, and
@@ -20,7 +21,19 @@ import torch
 from torch import Tensor, nn
 
 from data.datasets import open_images
-from evaluation import collected, features, knn, labelled, low_shot, options, records, report, stored_features
+from evaluation import (
+    collected,
+    embedding,
+    feature_map,
+    features,
+    knn,
+    labelled,
+    layers,
+    low_shot,
+    options,
+    records,
+    report,
+)
 from evaluation.knn import knn_classifier
 from evaluation.retrieval import multi_scale
 from runtime.checkpoint import check_writable
@@ -33,11 +46,16 @@ from runtime.distributed import (
     is_main_process,
     leave,
 )
-from runtime.guards import EXIT_DONE, input_errors, run_program
+from runtime.guards import EXIT_DONE, InputError, input_errors, run_program
 from runtime.meters import MetricLogger
 from runtime.terminal import say
 
 __all__ = ["ReturnIndexDataset", "extract_feature_pipeline", "extract_features", "knn_classifier"]
+
+# What papers on frozen features search; the best of it is chosen on val, and named so.
+GRID_KS = (5, 10, 15, 20, 50, 100, 200)
+GRID_TEMPERATURES = (0.07, 0.1, 0.2)
+AS_THEY_ARE = "as the model gives them (not normalised)"
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -48,6 +66,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_flag(
         group, "--temperature", type=float, nargs="+", default=[0.07], help="temperature of the votes, one or many"
     )
+    add_flag(group, "--grid", action="store_true",
+             help="all of the usual grid in one pass, and which is best: "
+             f"k {' '.join(map(str, GRID_KS))}, T {' '.join(f'{t:g}' for t in GRID_TEMPERATURES)}")  # fmt: skip
     add_flag(group, "--use_cuda", type=bool_flag, default=True, help="classify on the GPU; false: on the CPU")
     add_flag(group, "--low_shot", type=int, nargs="*", default=None, metavar="NU",
              help="also low-shot k-NN with NU images per class (no value: 1 5 10 20)")  # fmt: skip
@@ -59,7 +80,16 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_flag(group, "--dump_features", default=None, help="folder to save the features to")
     add_flag(group, "--load_features", default=None, help="folder of saved features to use instead of extracting")
     add_flag(group, "--embed", default=None, metavar="FILE",
-             help="only write features and names of all images, train and val, to .npz, or .npy and .csv")  # fmt: skip
+             help="only write features and names of all images, train and val, to .npz, to .npy and .csv, or as parts "
+             "to a folder (a name without a suffix), for sets that do not fit into memory")  # fmt: skip
+    add_flag(group, "--tokens", choices=layers.TOKENS, default="pooled",
+             help="what --embed writes: the feature of each image, or those of all its patches")  # fmt: skip
+    add_flag(group, "--layer", type=int, default=-1,
+             help="block after which --embed takes features: 0 is the first, -1 the last")  # fmt: skip
+    add_flag(group, "--part_images", type=int, default=None,
+             help="images in each part of a folder (default: as many as make 256 MB)")  # fmt: skip
+    add_flag(group, "--plot", choices=feature_map.METHODS, default=None,
+             help="also draw the features of --embed in two dimensions, coloured by class, as PNG")  # fmt: skip
     add_flag(group, "--features_dtype", choices=("fp32", "fp16"), default=None,
              help="how features are stored (default: fp32)")  # fmt: skip
     options.add_checkpoint_flags(parser)
@@ -73,11 +103,14 @@ def main(argv: list[str] | None = None) -> int:
     options.check_run(args)
     options.check_positive(args, "nb_knn")
     options.check_above_zero(args, "temperature")
+    if args.grid:
+        use_grid(args)
     if args.low_shot is not None:
         args.low_shot = args.low_shot or [1, 5, 10, 20]
         options.check_positive(args, "low_shot")
+    check_embed_flags(args)
     if args.embed:
-        stored_features.check_embeddings_path(args.embed)
+        embedding.check_path(args.embed)
     elif args.dump_features:
         check_writable(Path(args.dump_features), "--dump_features")
     folder = None if args.embed else records.output_folder(args.output_dir, args.pretrained_weights)
@@ -86,6 +119,35 @@ def main(argv: list[str] | None = None) -> int:
         return embed(args) if args.embed else evaluate(args, folder)
     finally:
         leave()
+
+
+def use_grid(args: argparse.Namespace) -> None:
+    """Put the grid's numbers of neighbours and temperatures in place. Raises InputError if the user gave others."""
+    parser = get_args_parser()
+    given = [f"--{name}" for name in ("nb_knn", "temperature") if getattr(args, name) != parser.get_default(name)]
+    if given:
+        raise InputError(f"--grid has its own values: leave out {' and '.join(given)}, or leave out --grid")
+    args.nb_knn, args.temperature = list(GRID_KS), list(GRID_TEMPERATURES)
+
+
+def check_embed_flags(args: argparse.Namespace) -> None:
+    """Raise InputError for flags of --embed without it, or that do not go together."""
+    if not args.embed:
+        parser = get_args_parser()
+        for name in ("tokens", "layer", "part_images", "plot"):
+            if getattr(args, name) != parser.get_default(name):
+                raise InputError(f"--{name} {getattr(args, name)} is a setting of --embed: give --embed FILE, too")
+        return
+    if args.part_images is not None:
+        options.check_positive(args, "part_images")
+        if not embedding.is_folder(args.embed):
+            raise InputError(f"--part_images: {args.embed} is one file; give --embed a folder, a name without a suffix")
+    if args.plot:
+        if args.tokens != "pooled":
+            raise InputError(f"--plot {args.plot} draws one point per image: leave out --tokens {args.tokens}")
+        if embedding.is_folder(args.embed):
+            raise InputError(f"--plot {args.plot} draws the features of one file: give --embed FILE.npz, not a folder")
+        feature_map.check_method(args.plot)
 
 
 # ---- the evaluation -------------------------------------------------------------------------------------------------
@@ -107,9 +169,16 @@ def evaluate(args: argparse.Namespace, folder: Path) -> int:
     cells = [[str(row["k"]), f"{row['temperature']:g}", row["top1"], row["top5"]] for row in rows]
     say(records.table(["k-NN", "temperature", "top-1", "top-5"], cells))
     results: dict[str, Any] = {"knn": rows}
+    if args.grid:
+        best = max(rows, key=lambda row: row["top1"])
+        results["best_on_val"] = best
+        say(
+            f"best of the {len(rows)}, chosen on val itself: k = {best['k']}, T = {best['temperature']:g}, "
+            f"top-1 {best['top1']:.2f}, top-5 {best['top5']:.2f}"
+        )
     if args.low_shot:
         results["low_shot"] = classify_low_shot(args, found, test)
-    names = ("nb_knn", "temperature", "low_shot", "low_shot_draw", "subset", "seed", "val_fraction")
+    names = ("nb_knn", "temperature", "grid", "low_shot", "low_shot_draw", "subset", "seed", "val_fraction")
     settings = {name: getattr(args, name) for name in names} | found.numerics
     records.write_evaluation(folder, "eval_knn", found.model, found.data, settings, results)
     report.refresh_report(args.pretrained_weights)
@@ -140,17 +209,33 @@ def classify_low_shot(args: argparse.Namespace, found: collected.Collected, test
 
 
 def embed(args: argparse.Namespace) -> int:
-    """Features and file names of every image at --data_path, labelled or not, as files."""
+    """Features and file names of every image at --data_path, labelled or not, as files; a picture if asked for."""
     loaded = collected.load(args)
+    settings = options.extraction(args, loaded.config)
+    with input_errors("--layer"):
+        forward = layers.feature_function(loaded.model, args.tokens, args.layer)
+        shape = embedding.shape_of(loaded.model, forward, options.channels(loaded.config), settings)
     source = labelled.open_all(args.data_path, args.subset, options.channels(loaded.config))
-    array, index = features.extract(loaded.model, source, **options.extraction(args, loaded.config))
+    description = options.describe(loaded, args) | {"data_path": args.data_path, "data": source.fingerprint()}
+    description |= options.numerics(args, loaded.config) | {"tokens": args.tokens, "layer": args.layer}
+    width = " x ".join(map(str, shape))
+    if embedding.is_folder(args.embed):
+        index = embedding.write_parts(
+            args.embed, loaded.model, forward, source, shape, description, settings, args.part_images
+        )
+        say(f"wrote {index}: {len(source)} images, features of width {width}, {AS_THEY_ARE}")
+        return EXIT_DONE
+    array, index = features.extract(loaded.model, source, forward=forward, **settings)
+    array = array.view(len(array), *shape)
     if is_main_process():
-        description = options.describe(loaded, args) | {"data_path": args.data_path, "data": source.fingerprint()}
-        description |= options.numerics(args, loaded.config)
         with input_errors("--embed"):
-            for path in stored_features.write_embeddings(args.embed, array, source, description, index):
+            for path in embedding.write_file(args.embed, array, source, description, index):
                 say(f"wrote {path}")
-        say(f"{len(array)} features of width {array.shape[1]}, as the model gives them (not normalised)")
+        say(f"{len(array)} features of width {width}, {AS_THEY_ARE}")
+        if args.plot:
+            labels = None if source.labels is None else source.labels[index.numpy()]
+            picture = Path(args.embed).with_suffix(f".{args.plot}.png")
+            say(f"wrote {feature_map.plot_features(array.numpy(), labels, source.classes, args.plot, picture)}")
     return EXIT_DONE
 
 
