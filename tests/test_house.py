@@ -158,7 +158,7 @@ def test_package_init_files_are_empty(package):
 
 def test_heavy_imports_wait():
     """No import at a file's top level pulls in torchvision, timm or another heavy or optional package."""
-    heavy = r"\b(torchvision|timm|matplotlib|skimage|sklearn|onnx\w*|safetensors)\b"
+    heavy = r"\b(torchvision|timm|matplotlib|skimage|sklearn|umap|onnx\w*|safetensors)\b"
     for name, path in modules().items():
         if name.split(".")[0] in ("benchmarks", "run_scripts", "examples"):
             continue
@@ -176,7 +176,7 @@ def test_what_is_imported_is_required():
     required = {
         re.split(r"[><=]", line)[0].strip().lower() for line in (ROOT / "requirements.txt").read_text().splitlines()
     }
-    optional = {"submitit", "onnx", "onnxruntime", "safetensors"}
+    optional = {"submitit", "onnx", "onnxruntime", "safetensors", "umap"}
     known = set(GRAPH) | {name.split(".")[0] for name in GRAPH}
     for name, path in modules().items():
         for target in imports(path):
