@@ -26,9 +26,12 @@ from data.sampler import TrainSampler
 from evaluation import features, heads, identity, linear, logistic, options, records
 from evaluation.crops import build_probe_loader
 from evaluation.forms import Form, probe_features
-from evaluation.linear import LinearClassifier, Probe
+from evaluation.linear import LinearClassifier
 from evaluation.linear_task import Task, prepare
 from evaluation.models import load_checkpoint_model
+from evaluation.probe_cache import Room
+from evaluation.probe_plan import Plan, add_probe_flags, build_probe, describe, draw, read_plan, see
+from evaluation.probe_sweep import ProbeSweep
 from evaluation.saved_head import run_saved
 from evaluation.single_head import train, validate_network
 from evaluation.sweep import Sweep, train_epoch
@@ -54,8 +57,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_flag(group, "--select_on", choices=("train", "val"), default="train",
              help="choose the best head on a held-out tenth of train, or on val itself")  # fmt: skip
     add_flag(group, "--num_labels", type=int, default=None, help="number of outputs (default: the number of classes)")
+    add_probe_flags(parser)
     group = parser.add_argument_group("training")
-    add_flag(group, "--epochs", type=int, default=100, help="passes over the training images")
+    add_flag(group, "--epochs", type=int, default=None,
+             help="passes over the training images (default: 100; recipe ep: 90)")  # fmt: skip
     add_flag(group, "--val_freq", type=int, default=1, help="epochs between validations")
     add_flag(group, "--subset", type=int, default=-1, help="first images of each training class to use; -1: all")
     add_flag(
@@ -92,6 +97,7 @@ def eval_linear(args: argparse.Namespace) -> dict[str, Any]:
         value = getattr(args, name)
         setattr(args, name, value if value is None or isinstance(value, list) else [value])
     options.check_run(args)
+    plan = read_plan(args)
     options.check_positive(args, "epochs", "val_freq")
     for name, check in (("lr", options.check_above_zero), ("n_last_blocks", options.check_positive)):
         if getattr(args, name) is not None:
@@ -102,7 +108,7 @@ def eval_linear(args: argparse.Namespace) -> dict[str, Any]:
     task = prepare(args, folder)
     if args.logistic:
         return run_logistic(task)
-    return run_saved(task) if args.evaluate else run_sweep(task)
+    return run_saved(task) if args.evaluate else run_sweep(task, plan)
 
 
 def check_masking(args: argparse.Namespace) -> None:
@@ -119,38 +125,42 @@ def check_masking(args: argparse.Namespace) -> None:
 # ---- the sweep ------------------------------------------------------------------------------------------------------
 
 
-def run_sweep(task: Task) -> dict[str, Any]:
-    """Train all heads, choose the best, write everything."""
+def run_sweep(task: Task, plan: Plan) -> dict[str, Any]:
+    """Train all heads of all probes, choose the best, write everything."""
     args = task.args
-    forms = task.forms()
-    lrs = list(dict.fromkeys(args.lr or linear.DEFAULT_LRS))
+    forms = task.forms() if plan.has_linear else []
     num_labels = args.num_labels or len(task.train.classes)
-    choose = len(forms) * len(lrs) > 1 and args.select_on == "train"
+    choose = plan.head_count(forms) > 1 and args.select_on == "train"
     kept, held_out = linear.split_train(task.train.labels, args.seed) if choose else (np.arange(len(task.train)), None)
     sampler = probe_sampler(args, len(kept))
-    probe = Probe(task.widths(forms), forms, lrs, num_labels, sampler.global_batch, task.device, args.seed)
+    probe, tokens = build_probe(task, plan, forms, num_labels, sampler.global_batch)
     loader = build_probe_loader(
         task.train, kept, sampler, task.extraction["img_size"], args.num_workers, args.seed, task.device.type == "cuda"
     )
-    describe_sweep(task, probe, len(kept), sampler.global_batch, held_out)
-    sweep = Sweep(task.folder, probe, run_identity(task, forms, lrs, num_labels, sampler.global_batch, len(kept)))
-    first_epoch = sweep.resume()
-    val = task.cache(task.val, forms, "validation features")
-    selection = task.cache(task.train, forms, "held-out features", held_out) if choose else val
+    describe(plan, probe, tokens, sampler.global_batch)
+    describe_images(task, len(kept), sampler.global_batch, held_out)
+    made_by = run_identity(task, plan, forms, num_labels, sampler.global_batch, len(kept))
+    sweep = (ProbeSweep if plan.names else Sweep)(task.folder, probe, made_by)
+    first_epoch, room = sweep.resume(), Room(args.token_cache)
+    val = see(task, probe, room, task.val, "validation")
+    selection = see(task, probe, room, task.train, "held-out", held_out) if choose else val
 
     for epoch in range(first_epoch, args.epochs):
         sampler.set_position(epoch)
+        scales = plan.recipe.scales(epoch, args.epochs, sampler.steps_per_epoch)
         losses = train_epoch(
-            task.model, probe, loader, linear.cosine_factor(epoch, args.epochs), task.device,
-            task.extraction["amp_dtype"], f"epoch {epoch}",
-        )  # fmt: skip
+            task.model, probe, loader, scales, task.device, task.extraction["amp_dtype"], f"epoch {epoch}"
+        )
         if (epoch + 1) % args.val_freq == 0 or epoch + 1 == args.epochs:
             val_counts = val.count(probe)
             sweep.validated(epoch, losses, val_counts, selection.count(probe) if choose else val_counts)
         sweep.save(epoch + 1)
     selected_on = "held-out train" if choose else "val"
     settings = {**sweep.identity, "selected_on": selected_on, "batch_size_per_gpu": args.batch_size_per_gpu}
-    return task.write("eval_linear", settings, sweep.finish(selected_on))
+    results = sweep.finish(selected_on)
+    if args.probe_maps is not None:
+        draw(task, sweep.best_heads())
+    return task.write("eval_linear", settings, results)
 
 
 def probe_sampler(args: argparse.Namespace, images: int) -> TrainSampler:
@@ -165,12 +175,8 @@ def probe_sampler(args: argparse.Namespace, images: int) -> TrainSampler:
     return TrainSampler(images, args.batch_size_per_gpu, seed=args.seed, rank=get_rank(), world_size=get_world_size())
 
 
-def describe_sweep(task: Task, probe: Probe, images: int, global_batch: int, held_out: np.ndarray | None) -> None:
-    """Say what is about to be trained, and how the choice will be made."""
-    lrs = sorted({head.lr for head in probe.heads})
-    names = ", ".join(dict.fromkeys(head.form.name for head in probe.heads))
-    rates = f"lr {', '.join(f'{lr:g}' for lr in lrs)} per 256 images"
-    say(f"{len(probe.heads)} head(s) on {names}; {rates}; global batch {global_batch}")
+def describe_images(task: Task, images: int, global_batch: int, held_out: np.ndarray | None) -> None:
+    """Say what is trained on, and how the choice will be made."""
     choice = f"; {len(held_out)} held out to choose the head by" if held_out is not None else ""
     say(f"training on {images} images of {len(task.train.classes)} classes{choice}")
     tail = images % global_batch
@@ -179,7 +185,7 @@ def describe_sweep(task: Task, probe: Probe, images: int, global_batch: int, hel
 
 
 def run_identity(
-    task: Task, forms: list[Form], lrs: list[float], num_labels: int, global_batch: int, images: int
+    task: Task, plan: Plan, forms: list[Form], num_labels: int, global_batch: int, images: int
 ) -> dict[str, Any]:
     """What must agree for a saved run to be continued."""
     args = task.args
@@ -190,7 +196,8 @@ def run_identity(
         "num_labels": num_labels,
         "crops": "bilinear",  # earlier versions trained on bicubic ones
         "order": heads.ORDER,
-        "lrs": lrs,
+        "lrs": plan.lrs,
+        **plan.identity(),
         "epochs": args.epochs,
         "val_freq": args.val_freq,
         "global_batch": global_batch,
