@@ -63,7 +63,7 @@ MUTATIONS = [
         "evaluation/ranks.py",
         ("gradients_of_one_rank", "gradient.copy_(total.view_as(gradient))", "gradient.mul_(1.0)",
          f"{PROGRAM}::test_two_ranks_train_the_probes_of_one"),
-        ("other_ranks_rows_first", "pieces[get_rank()] = mine", "pieces.insert(0, pieces.pop(get_rank()) * 0 + mine)",
+        ("every_ranks_rows_come_first", "pieces[get_rank()] = mine", "pieces[0] = mine",
          f"{PROGRAM}::test_two_ranks_train_the_probes_of_one"),
     ),
     *of_file(
