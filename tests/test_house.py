@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = {
     "sp": 0, "torchfile": 0.1, "pretrained": 0.2, "runtime": 0.3,  # in this order
     "distill": 1, "optim": 1, "data": 1, "poolings": 1,
-    "pooled_backbone": 1.5, "vision_transformer": 2, "resnet_simpool": 2, "convnext_simpool": 2, "timm_backbone": 2,
+    "pooled_backbone": 1.5, "vision_transformer": 2, "resnet_simpool": 2, "convnext_simpool": 2, "timm_stem": 2,
+    "timm_backbone": 2,
     "backbones": 3, "portable": 3.5,
     "evaluation": 4,
     "utils": 5, "training": 5, "exporting": 5,
@@ -22,7 +23,7 @@ LEVELS = {
     "export": 6, "hubconf": 6,
     "benchmarks": 7, "experiments": 7, "run_scripts": 7, "examples": 7,
 }  # fmt: skip
-MODELS = ("vision_transformer", "resnet_simpool", "convnext_simpool", "timm_backbone")
+MODELS = ("vision_transformer", "resnet_simpool", "convnext_simpool", "timm_stem", "timm_backbone")
 READING = ("pretrained", "torchfile.read", "torchfile.archive", "torchfile.plain_pickle", "torchfile.safe")
 OPERATORS = (
     "base", "choose", "clusters", "efficient", "gates", "how", "multiple_instance", "otk", "probes", "queries",
@@ -157,7 +158,7 @@ def test_package_init_files_are_empty(package):
 
 def test_heavy_imports_wait():
     """No import at a file's top level pulls in torchvision, timm or another heavy or optional package."""
-    heavy = r"\b(torchvision|timm|matplotlib|skimage|sklearn|onnx\w*|safetensors)\b"
+    heavy = r"\b(torchvision|timm|matplotlib|skimage|sklearn|umap|onnx\w*|safetensors)\b"
     for name, path in modules().items():
         if name.split(".")[0] in ("benchmarks", "run_scripts", "examples"):
             continue
@@ -175,7 +176,7 @@ def test_what_is_imported_is_required():
     required = {
         re.split(r"[><=]", line)[0].strip().lower() for line in (ROOT / "requirements.txt").read_text().splitlines()
     }
-    optional = {"submitit", "onnx", "onnxruntime", "safetensors"}
+    optional = {"submitit", "onnx", "onnxruntime", "safetensors", "umap"}
     known = set(GRAPH) | {name.split(".")[0] for name in GRAPH}
     for name, path in modules().items():
         for target in imports(path):
