@@ -29,8 +29,8 @@ from evaluation.forms import Form, probe_features
 from evaluation.linear import LinearClassifier
 from evaluation.linear_task import Task, prepare
 from evaluation.models import load_checkpoint_model
-from evaluation.probe_cache import Room
-from evaluation.probe_plan import Plan, add_probe_flags, build_probe, describe, draw, read_plan, see
+from evaluation.probe_cache import MemoryBudget
+from evaluation.probe_plan import Plan, add_probe_flags, build_probe, describe, draw_maps, evaluation_set, read_plan
 from evaluation.probe_sweep import ProbeSweep
 from evaluation.saved_head import run_saved
 from evaluation.single_head import train, validate_network
@@ -141,9 +141,9 @@ def run_sweep(task: Task, plan: Plan) -> dict[str, Any]:
     describe_images(task, len(kept), sampler.global_batch, held_out)
     made_by = run_identity(task, plan, forms, num_labels, sampler.global_batch, len(kept))
     sweep = (ProbeSweep if plan.names else Sweep)(task.folder, probe, made_by)
-    first_epoch, room = sweep.resume(), Room(args.token_cache)
-    val = see(task, probe, room, task.val, "validation")
-    selection = see(task, probe, room, task.train, "held-out", held_out) if choose else val
+    first_epoch, budget = sweep.resume(), MemoryBudget(args.token_cache)
+    val = evaluation_set(task, probe, budget, task.val, "validation")
+    selection = evaluation_set(task, probe, budget, task.train, "held-out", held_out) if choose else val
 
     for epoch in range(first_epoch, args.epochs):
         sampler.set_position(epoch)
@@ -159,7 +159,7 @@ def run_sweep(task: Task, plan: Plan) -> dict[str, Any]:
     settings = {**sweep.identity, "selected_on": selected_on, "batch_size_per_gpu": args.batch_size_per_gpu}
     results = sweep.finish(selected_on)
     if args.probe_maps is not None:
-        draw(task, sweep.best_heads())
+        draw_maps(task, sweep.best_heads())
     return task.write("eval_linear", settings, results)
 
 

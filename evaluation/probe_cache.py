@@ -1,8 +1,8 @@
-"""What probes see of images without augmentation (validation, and the part of train that is held out).
+"""Tokens of images that are seen without augmentation: validation images, and the held-out part of train.
 
-The tokens of a large set do not fit into memory (50,000 images of a ViT-B/16 have 30 GB), so they are kept up to a
-bound, batch by batch; what lies beyond it passes through the backbone again at every validation. Either way the numbers
-are the same. The tokens of training images are never kept: each epoch sees other crops.
+The tokens of a large set do not fit into memory (50,000 images of a ViT-B/16 take 30 GB). Batches are cached until a
+memory budget is spent; the remaining images pass through the backbone again at every validation, with the same numbers.
+Training tokens are never cached, because every epoch sees new crops.
 
 Letters: B images of a batch.
 """
@@ -31,25 +31,25 @@ from runtime.terminal import say
 GIB = 1 << 30
 
 
-class Room:
-    """Memory of this process for tokens, which several sets share: what the first leaves is the next one's."""
+class MemoryBudget:
+    """Memory that this process may fill with tokens; several sets draw on it in turn."""
 
     def __init__(self, gib: float) -> None:
         self.left = int(gib * GIB)
 
     def take(self, size: int) -> bool:
-        """Whether `size` bytes still fit, in which case they are taken."""
+        """Reserve `size` bytes if they still fit; returns whether they do."""
         if size > self.left:
             return False
         self.left -= size
         return True
 
 
-class SeenImages:
+class CachedTokens:
     """This rank's share of `indices` (all: None) of a labelled source as `probes` see it.
 
-    Every image passes through the model once here, so that one that can't be used, or a model whose tokens are not
-    finite, is found before training. extraction: the settings of `features.extract_shard`. Raises InputError for those.
+    The constructor runs the model on every image once, so that an unusable image or tokens that are not finite raise
+    InputError before training. extraction: the settings of `features.extract_shard`.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class SeenImages:
         source: ImageSource,
         probes: Probes,
         extraction: dict[str, Any],
-        room: Room,
+        budget: MemoryBudget,
         desc: str,
         indices: np.ndarray | None = None,
     ) -> None:
@@ -66,10 +66,10 @@ class SeenImages:
         self.model, self.source, self.probes, self.extraction, self.desc = model, source, probes, extraction, desc
         self.mine = indices[shard_for_eval(len(indices), get_rank(), get_world_size())]
         self.kept: list[tuple[Inputs, Tensor]] = []
-        self._beyond = 0  # where in `mine` the images begin that are not kept
-        self._fill(room)
+        self._beyond = 0  # position in `mine` of the first image that is not cached
+        self._fill(budget)
 
-    def _fill(self, room: Room) -> None:
+    def _fill(self, budget: MemoryBudget) -> None:
         batch_size, keeping = self.extraction["batch_size"], True
         found, tokens = [np.empty(0, dtype=np.int64)], 0
         for number, (inputs, index) in enumerate(self._batches(self.mine)):
@@ -79,7 +79,7 @@ class SeenImages:
                     "earlier checkpoint, or leave out --amp fp16"
                 )
             found.append(index.numpy())
-            keeping = keeping and (inputs is None or room.take(inputs.nbytes))
+            keeping = keeping and (inputs is None or budget.take(inputs.nbytes))
             if keeping:
                 self._beyond = min(len(self.mine), (number + 1) * batch_size)
                 if inputs is not None:
@@ -95,7 +95,7 @@ class SeenImages:
             )
 
     def _batches(self, indices: np.ndarray) -> Iterator[tuple[Inputs | None, Tensor]]:
-        """(what the probes see, the images' numbers) of these images; None for a batch of bad files only."""
+        """(inputs, indices) of these images batch by batch; the inputs are None if a batch has only bad files."""
         settings = self.extraction
         device, amp = settings["device"], settings["amp_dtype"]
         loader = build_eval_loader(
@@ -124,7 +124,7 @@ class SeenImages:
         return percent_over_ranks(total, images, device)
 
     def _all(self) -> Iterator[tuple[Inputs, Tensor]]:
-        """Every batch with its labels, the kept ones first."""
+        """Every batch with its labels, cached ones first."""
         yield from self.kept
         rest = self.mine[self._beyond :]
         if len(rest):

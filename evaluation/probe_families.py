@@ -1,8 +1,9 @@
-"""The heads of one probe: one per rate and weight decay, each with parameters and optimiser state of its own.
+"""The heads of one probe: one for each learning rate and weight decay, with separate parameters and optimiser state.
 
-Each head ends as it would alone: all of a probe start from one draw, which depends on the seed only, they see the same
-batches, and no head's numbers enter another's. They run forward and backward one after the other, which takes the
-memory of one head's graph; the linear probe of recipe dino has its gradient written out (evaluation/linear.py).
+A head trained together with others ends exactly as it would alone: all heads of a probe start from one draw, which
+depends only on the seed, they see the same batches, and they share nothing else. Forward and backward run head by head,
+so only one head's graph is in memory at a time. The linear probe of recipe dino, whose gradient is written out in
+evaluation/linear.py, has the same interface.
 
 Letters: B images of the global batch, b images of one rank, N tokens, D their width, C classes.
 """

@@ -17,7 +17,7 @@ from evaluation.attention_figure import figure_of_maps
 from evaluation.features import eval_mode
 from evaluation.plots import COLOURS, new_figure
 from evaluation.probe_heads import ProbeHead
-from evaluation.probe_inputs import grid_of, look
+from evaluation.probe_inputs import extract_inputs, grid_of
 from evaluation.probe_names import ProbeName
 from runtime.checkpoint import write_atomic
 
@@ -54,7 +54,7 @@ def probe_maps(
         for start in range(0, len(images), batch_size):
             batch = normalize(images[start : start + batch_size].to(device))
             grid = grid_of(model, batch)
-            inputs = look(model, batch, [], names)
+            inputs = extract_inputs(model, batch, [], names)
             for label, (name, head) in named.items():
                 attention = head.eval().to(device).attention(inputs.of(name).float())
                 attention = attention[..., -grid[0] * grid[1] :].float().cpu()

@@ -1,8 +1,8 @@
-"""One attentive probe as a module: a pooling of frozen tokens and the classifier that is trained with it.
+"""A probe as a module: a pooling of frozen tokens, and the classifier that is trained with it.
 
     logits = Linear(BatchNorm1d(pool(X)))       BatchNorm without an affine map, eps 1e-6
 
-A linear probe of such a protocol is the same without the pool; capi's pooling brings its classifier and has no
+In these protocols a linear probe is the same without the pooling. capi's pooling includes its classifier, without a
 BatchNorm. See "Attention, Please! Revisiting Attentive Probing Through the Lens of Efficiency" (ICLR 2026).
 
 Letters: B images of the global batch, b images of one rank, N tokens, D their width, C classes.
@@ -27,9 +27,9 @@ CLASSIFIER_STD = 0.01
 
 
 class ProbeHead(nn.Module):
-    """A pooling (None: a linear probe's features are pooled already), BatchNorm and classifier.
+    """A pooling (None for a linear probe, whose features are pooled already), BatchNorm and classifier.
 
-    In training each rank pools its own part of the batch; BatchNorm and classifier see the whole of it on every rank.
+    In training each rank pools its part of the batch; BatchNorm and classifier see the whole batch on every rank.
     """
 
     def __init__(self, pool: nn.Module | None, width: int, num_classes: int, has_classifier: bool = False) -> None:
@@ -55,12 +55,12 @@ class ProbeHead(nn.Module):
         return self.pool(tokens, return_attention=True)[1]
 
     def parameter_count(self) -> int:
-        """Parameters, those that are not trained too."""
+        """Number of parameters, frozen ones included."""
         return sum(p.numel() for p in self.parameters())
 
 
 def build_head(probe: ProbeName, dim: int, num_classes: int, seed: int = 0) -> ProbeHead:
-    """A newly initialised head; the draw depends on the seed and on nothing else.
+    """A newly initialised head; its random numbers depend only on the seed.
 
     dim: width of the tokens, or of a linear probe's features. Raises InputError if the width does not suit the probe.
     """

@@ -1,8 +1,7 @@
 """What probes see of a batch: the features of linear heads, and the tokens that attentive probes pool.
 
-All of it comes from one pass of the backbone. Tokens are those after the final norm: an official ViT's patches (and
-[CLS], for probes that take it), the patches of a ViT that is pooled by an operator, the positions of a convolutional
-network's last map. timm's models work alike.
+All of it comes from one pass of the backbone. Tokens are taken after the final norm: the patches of a ViT (and [CLS],
+for probes that take it, if it has one), or the positions of a convolutional network's last map; the same for timm's.
 
 Letters: B images, N tokens (patches, or positions of the last map), D their width.
 """
@@ -20,7 +19,7 @@ from evaluation.probe_names import ProbeName
 
 
 class Inputs(NamedTuple):
-    """What the heads of some probes see of a batch; what none of them needs is None."""
+    """What the heads of a run see of a batch; None for what no head needs."""
 
     features: list[Tensor]  # (B, width) per form of the linear probe
     patches: Tensor | None = None  # (B, N, D)
@@ -43,8 +42,8 @@ class Inputs(NamedTuple):
         return self.with_cls if probe.takes_cls else self.patches
 
 
-def look(model: nn.Module, images: Tensor, forms: Sequence[Form], probes: Sequence[ProbeName]) -> Inputs:
-    """One pass of the model over (B, C, H, W), for the linear probe's `forms` and for the attentive ones of `probes`.
+def extract_inputs(model: nn.Module, images: Tensor, forms: Sequence[Form], probes: Sequence[ProbeName]) -> Inputs:
+    """Run the model once on (B, C, H, W) images, for the linear probe's `forms` and the attentive ones of `probes`.
 
     Raises ValueError for a form that the model does not have, and if it cannot serve a probe.
     """
@@ -56,7 +55,7 @@ def look(model: nn.Module, images: Tensor, forms: Sequence[Form], probes: Sequen
         features, cls, patches = features_of_layers(layers, forms), layers[-1][:, :1], layers[-1][:, 1:]
     else:
         if forms and any(form != Form() for form in forms):
-            probe_features(model, images, forms)  # which says what is wrong with them
+            probe_features(model, images, forms)  # raises, and names the form
         feature, cls, patches = _dense(model, images)
         features = [feature] * len(forms)
     with_cls = None

@@ -1,4 +1,4 @@
-"""What the flags of attentive probes ask for: which probes, by which recipe, over which grid; and what they see."""
+"""The flags of attentive probes: which probes are trained, by which recipe and on which grid, and their heads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from evaluation import cached, options
 from evaluation.forms import Form
 from evaluation.linear import Probe
 from evaluation.linear_task import Task
-from evaluation.probe_cache import Room, SeenImages
+from evaluation.probe_cache import CachedTokens, MemoryBudget
 from evaluation.probe_families import Grid
 from evaluation.probe_figures import draw_probe_maps
 from evaluation.probe_heads import ProbeHead
@@ -49,7 +49,7 @@ def add_probe_flags(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """The probes of a run and how they are trained. `names` is empty without --probes: the published linear probe."""
+    """The probes of a run and how they are trained; without --probes `names` is empty (the published linear probe)."""
 
     names: list[ProbeName]
     recipe: Recipe
@@ -132,13 +132,13 @@ def build_probe(
     return Probes(plan.names, forms, widths, num_labels, grid, plan.recipe, task.device, args.seed), tokens
 
 
-def see(
-    task: Task, probe: Probe | Probes, room: Room, source: Any, desc: str, indices: np.ndarray | None = None
-) -> cached.Cached | SeenImages:
+def evaluation_set(
+    task: Task, probe: Probe | Probes, budget: MemoryBudget, source: Any, desc: str, indices: np.ndarray | None = None
+) -> cached.Cached | CachedTokens:
     """This rank's share of a source, or of its `indices`, as the heads see it, to count their hits on."""
     if isinstance(probe, Probe):
         return task.cache(source, probe.forms, f"{desc} features", indices)
-    return SeenImages(task.model, source, probe, task.extraction, room, desc, indices)
+    return CachedTokens(task.model, source, probe, task.extraction, budget, desc, indices)
 
 
 def describe(plan: Plan, probe: Probe | Probes, tokens: int, global_batch: int) -> None:
@@ -161,7 +161,7 @@ def describe(plan: Plan, probe: Probe | Probes, tokens: int, global_batch: int) 
         say("note: the model has one position for an image of this size, so attentive probes have nothing to choose")
 
 
-def draw(task: Task, named: dict[str, tuple[ProbeName, ProbeHead]]) -> None:
+def draw_maps(task: Task, named: dict[str, tuple[ProbeName, ProbeHead]]) -> None:
     """--probe_maps of these heads, by rank 0 in the folder probe_maps of the results."""
     if not is_main_process():
         return

@@ -1,4 +1,4 @@
-"""The record of a run of several probes: the best head of each, besides the best of all."""
+"""The record of a run with several probes: the best head of each one, and the best overall."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from evaluation.forms import Form
 from evaluation.heads import ORDER
 from evaluation.linear import in_double
 from evaluation.probe_families import Grid, PublishedLinear, TrainedHeads
-from evaluation.probe_inputs import Inputs, look
+from evaluation.probe_inputs import Inputs, extract_inputs
 from evaluation.probe_names import ProbeName
 from evaluation.probe_recipes import Recipe
 from evaluation.ranks import gather_batch
@@ -37,7 +37,7 @@ def find_widths(
     Raises ValueError if the model cannot serve a form or a probe.
     """
     with torch.no_grad():
-        inputs = look(model, torch.zeros(2, in_chans, side, side, device=device), forms, names)
+        inputs = extract_inputs(model, torch.zeros(2, in_chans, side, side, device=device), forms, names)
     tokens = inputs.patches if inputs.patches is not None else inputs.with_cls
     features = [x.shape[1] for x in inputs.features]
     if tokens is None:
@@ -86,7 +86,7 @@ class Probes:
 
     def inputs(self, model: nn.Module, images: Tensor) -> Inputs:
         """What the heads see of (b, C, H, W) images, from one pass of the model."""
-        return look(model, images, self.forms, self.names)
+        return extract_inputs(model, images, self.forms, self.names)
 
     def learn(self, inputs: Inputs, target: Tensor, lr_scale: float) -> Tensor:
         """One step of every head on the batches of all ranks together; returns losses (heads,) before it."""

@@ -1,4 +1,4 @@
-"""A batch over the ranks: each has its own part, and all of them train on the whole.
+"""A batch that is spread over the ranks: each rank has a part of it, and heads train on the whole.
 
 Letters: B images of the global batch, b images of one rank, D width.
 """

@@ -16,9 +16,9 @@ from evaluation.linear import Probe, hits_and_losses, in_double
 from evaluation.linear_task import Task
 from evaluation.models import LoadedModel, load_checkpoint_model
 from evaluation.probe_heads import ProbeHead, is_attentive, read_attentive
-from evaluation.probe_inputs import look
+from evaluation.probe_inputs import extract_inputs
 from evaluation.probe_names import ProbeName
-from evaluation.probe_plan import draw
+from evaluation.probe_plan import draw_maps
 from poolings.base import no_autocast
 from runtime.checkpoint import read_checkpoint
 from runtime.guards import InputError, input_errors
@@ -70,7 +70,7 @@ def run_saved(task: Task) -> dict[str, Any]:
         say(records.table(["hidden", "val top-1", "val top-5", "change"], table))
         masked = {"masked": rows}
     if args.probe_maps is not None:
-        draw(task, {saved.attentive[0].label: saved.attentive})
+        draw_maps(task, {saved.attentive[0].label: saved.attentive})
     return task.write("eval_linear_saved", settings, {"val_top1": top1, "val_top5": top5, "val_loss": loss} | masked)
 
 
@@ -124,16 +124,18 @@ def attentive_head(task: Task, path: Path, content: Mapping[str, Any]) -> Saved:
     head = head.to(task.device)
     side, channels = task.extraction["img_size"], options.channels(task.loaded.config)
     with input_errors(), torch.no_grad():
-        blank = look(task.model, torch.zeros(1, channels, side, side, device=task.device), [], [name]).of(name)
-    if blank.shape[2] != head.pool.dim or head.num_classes < len(task.train.classes):
+        blank = extract_inputs(task.model, torch.zeros(1, channels, side, side, device=task.device), [], [name]).of(
+            name
+        )
+    if width != head.pool.dim or head.num_classes < len(task.train.classes):
         raise InputError(
             f"{path} is a probe ({name.label}) of tokens of width {head.pool.dim} with {head.num_classes} outputs; "
-            f"the model's are {blank.shape[2]} wide and the images have {len(task.train.classes)} classes: check "
+            f"the model's are {width} wide and the images have {len(task.train.classes)} classes: check "
             "--arch and --data_path"
         )
 
     def logits(images: Tensor) -> Tensor:
-        tokens = look(task.model, images, [], [name]).of(name)
+        tokens = extract_inputs(task.model, images, [], [name]).of(name)
         with no_autocast(tokens.device.type):
             return head(tokens.float())
 

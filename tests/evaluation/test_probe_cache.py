@@ -8,7 +8,7 @@ import torch
 import backbones
 from data.datasets import open_images
 from evaluation.forms import Form
-from evaluation.probe_cache import Room, SeenImages
+from evaluation.probe_cache import CachedTokens, MemoryBudget
 from evaluation.probe_families import Grid
 from evaluation.probe_names import read_probes
 from evaluation.probe_recipes import RECIPES
@@ -38,15 +38,15 @@ def probes():
     )
 
 
-@pytest.mark.parametrize(("room", "batches"), [(0, 0), (1.5 * BATCH, 1), (1 << 30, 3)])
-def test_counts_do_not_depend_on_how_much_is_kept(model, probes, small, room, batches, capsys):
+@pytest.mark.parametrize(("budget", "batches"), [(0, 0), (1.5 * BATCH, 1), (1 << 30, 3)])
+def test_counts_do_not_depend_on_how_much_is_kept(model, probes, small, budget, batches, capsys):
     """40 images in batches of 16: none, one or all of them are kept; the numbers are equal bit for bit."""
     val = open_images(str(small), "val")
-    everything = SeenImages(model, val, probes, EXTRACTION, Room(1.0), "validation").count(probes)
+    everything = CachedTokens(model, val, probes, EXTRACTION, MemoryBudget(1.0), "validation").count(probes)
     capsys.readouterr()
-    seen = SeenImages(model, val, probes, EXTRACTION, Room(room / (1 << 30)), "validation")
+    seen = CachedTokens(model, val, probes, EXTRACTION, MemoryBudget(budget / (1 << 30)), "validation")
     assert len(seen.kept) == batches
-    assert sum(inputs.nbytes for inputs, _ in seen.kept) <= room
+    assert sum(inputs.nbytes for inputs, _ in seen.kept) <= budget
     said = capsys.readouterr().out
     assert (f"tokens of {16 * batches} of 40 validation images" in said) == (batches < 3)
     assert torch.equal(seen.count(probes), everything)
@@ -56,19 +56,19 @@ def test_counts_do_not_depend_on_how_much_is_kept(model, probes, small, room, ba
 def test_every_image_is_counted_once(model, probes, small):
     """Hits and losses are means over the images, those of the last, shorter batch included."""
     val = open_images(str(small), "val")
-    whole = SeenImages(model, val, probes, EXTRACTION, Room(1.0), "validation").count(probes)
-    parts = [SeenImages(model, val, probes, EXTRACTION, Room(1.0), "part", i).count(probes) for i in
+    whole = CachedTokens(model, val, probes, EXTRACTION, MemoryBudget(1.0), "validation").count(probes)
+    parts = [CachedTokens(model, val, probes, EXTRACTION, MemoryBudget(1.0), "part", i).count(probes) for i in
              (torch.arange(30).numpy(), torch.arange(30, 40).numpy())]  # fmt: skip
     torch.testing.assert_close(whole, (3 * parts[0] + parts[1]) / 4, rtol=1e-5, atol=1e-5)
 
 
 def test_the_second_set_has_the_room_that_the_first_left():
     """Memory is shared, and what does not fit takes none of it."""
-    room = Room(100 / (1 << 30))
-    assert room.take(60)
-    assert not room.take(50)
-    assert room.take(40)
-    assert room.left == 0
+    budget = MemoryBudget(100 / (1 << 30))
+    assert budget.take(60)
+    assert not budget.take(50)
+    assert budget.take(40)
+    assert budget.left == 0
 
 
 def test_tokens_that_are_not_finite_are_an_error_before_training(model, probes, small):
@@ -78,4 +78,4 @@ def test_tokens_that_are_not_finite_are_an_error_before_training(model, probes, 
     )
     torch.nn.init.constant_(broken.norm.weight, float("nan"))
     with pytest.raises(InputError, match="tokens are not finite"):
-        SeenImages(broken.eval(), open_images(str(small), "val"), probes, EXTRACTION, Room(1.0), "validation")
+        CachedTokens(broken.eval(), open_images(str(small), "val"), probes, EXTRACTION, MemoryBudget(1.0), "validation")

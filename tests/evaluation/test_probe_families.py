@@ -137,7 +137,7 @@ def test_a_linear_head_with_batchnorm_is_saved_as_one_layer():
 
 
 def test_heads_are_counted_apart_in_eval_mode():
-    """Hits and losses are those of each head's own logits, by its running statistics, image by image alike."""
+    """Hits and losses are those of each head's logits in eval mode, where images do not depend on each other."""
     found = probes(ALL, [0.01, 0.3], [0.0])
     trained(found, ALL)
     inputs, target = next(batches())
@@ -153,7 +153,7 @@ def test_heads_are_counted_apart_in_eval_mode():
 
 
 def test_names_and_settings_tell_heads_apart():
-    """Every head of a run has a name of its own, and the row of a log says which probe it is of."""
+    """Every head of a run has a different name, and its row in the log names its probe."""
     found = probes(ALL, LRS, WDS)
     assert len({head.name for head in found.heads}) == len(found.heads) == 11 * len(LRS) * len(WDS)
     assert found.heads[0].settings == {

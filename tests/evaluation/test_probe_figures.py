@@ -1,4 +1,4 @@
-"""Where the queries of probes look, as maps and pictures."""
+"""Where the queries of probes extract_inputs, as maps and pictures."""
 
 from __future__ import annotations
 

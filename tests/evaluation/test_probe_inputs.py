@@ -7,7 +7,7 @@ import torch
 
 import backbones
 from evaluation.forms import Form, probe_features
-from evaluation.probe_inputs import grid_of, look
+from evaluation.probe_inputs import extract_inputs, grid_of
 from evaluation.probe_names import read_probes
 from tests.reference import tensor
 
@@ -24,7 +24,7 @@ def build(**settings):
 def test_an_official_vit_gives_normed_tokens_and_the_linear_probes_features():
     """Patches and [CLS] are the last block's through the final norm; features are those of a run without probes."""
     model, images, forms = build(arch="vit_small", **TINY), tensor(1, (2, 3, 32, 32)), [Form(1), Form(2, True)]
-    seen = look(model, images, forms, BOTH)
+    seen = extract_inputs(model, images, forms, BOTH)
     tokens = model.norm(model.forward_features(images))
     assert torch.equal(seen.with_cls, tokens)
     assert torch.equal(seen.patches, tokens[:, 1:])
@@ -45,7 +45,7 @@ def test_an_official_vit_gives_normed_tokens_and_the_linear_probes_features():
 def test_positions_of_the_last_features_are_tokens(settings):
     """Without [CLS] the tokens are the last tokens, or the map's positions row by row, after the final norm."""
     model, images = build(**settings), tensor(1, (2, 3, settings["img_size"], settings["img_size"]))
-    seen = look(model, images, [Form()], read_probes(["linear", "ep"]))
+    seen = extract_inputs(model, images, [Form()], read_probes(["linear", "ep"]))
     last = model.forward_features(images)
     tokens = last if last.ndim == 3 else last.permute(0, 2, 3, 1).flatten(1, 2)
     assert torch.equal(seen.patches, model.normed(tokens))
@@ -60,12 +60,12 @@ def test_timm_models_give_their_tokens():
     """A timm ViT's [CLS] and patches are its own normed tokens, its feature its own; in mode gap there is no [CLS]."""
     images = tensor(1, (2, 3, 32, 32))
     model = build(arch="vit_tiny_patch16_224", img_size=32)
-    seen = look(model, images, [Form()], BOTH)
+    seen = extract_inputs(model, images, [Form()], BOTH)
     assert torch.equal(seen.with_cls, model.body.forward_features(images))
     assert torch.equal(seen.features[0], model(images))
     assert torch.equal(model.forward_dense(images)[1], seen.patches)
     with pytest.raises(ValueError, match=r"mode gap\) has no \[CLS\]"):
-        look(build(arch="vit_tiny_patch16_224", img_size=32, mode="gap"), images, [], BOTH)
+        extract_inputs(build(arch="vit_tiny_patch16_224", img_size=32, mode="gap"), images, [], BOTH)
 
 
 class OnlyFeatures(torch.nn.Module):
@@ -87,9 +87,9 @@ def test_a_model_that_cannot_serve_a_probe_says_why():
     """ep_all needs [CLS], every attentive probe tokens; the linear probe is content with the feature."""
     images = tensor(1, (2, 3, 32, 32))
     with pytest.raises(ValueError, match=r"ep_all pools \[CLS\] and patches, .*mode simpool.* has no \[CLS\].*use ep"):
-        look(build(arch="vit_small", mode="simpool", **TINY), images, [], BOTH)
+        extract_inputs(build(arch="vit_small", mode="simpool", **TINY), images, [], BOTH)
     with pytest.raises(ValueError, match=r"neither tokens nor a map.*use --probes linear"):
-        look(OnlyFeatures(), images, [], EP)
-    assert look(OnlyFeatures(), images, [Form()], LINEAR).features[0].shape == (2, 3)
+        extract_inputs(OnlyFeatures(), images, [], EP)
+    assert extract_inputs(OnlyFeatures(), images, [Form()], LINEAR).features[0].shape == (2, 3)
     with pytest.raises(ValueError, match="n_last_blocks 2"):
-        look(build(arch="vit_small", mode="simpool", **TINY), images, [Form(2)], EP)
+        extract_inputs(build(arch="vit_small", mode="simpool", **TINY), images, [Form(2)], EP)
