@@ -124,9 +124,8 @@ def attentive_head(task: Task, path: Path, content: Mapping[str, Any]) -> Saved:
     head = head.to(task.device)
     side, channels = task.extraction["img_size"], options.channels(task.loaded.config)
     with input_errors(), torch.no_grad():
-        blank = extract_inputs(task.model, torch.zeros(1, channels, side, side, device=task.device), [], [name]).of(
-            name
-        )
+        blank = torch.zeros(1, channels, side, side, device=task.device)
+        width = extract_inputs(task.model, blank, [], [name]).of(name).shape[2]
     if width != head.pool.dim or head.num_classes < len(task.train.classes):
         raise InputError(
             f"{path} is a probe ({name.label}) of tokens of width {head.pool.dim} with {head.num_classes} outputs; "
