@@ -1,7 +1,8 @@
-"""Linear probing of a checkpoint's frozen features: many heads in one pass of the backbone.
+"""Linear and attentive probes of a frozen checkpoint: many heads in one pass of the backbone.
 
     python eval_linear.py --pretrained_weights output/checkpoint.pth --data_path /path/to/imagenet
     torchrun --nproc_per_node 8 eval_linear.py --pretrained_weights ... --data_path ... --lr 0.001 0.01 0.1
+    python eval_linear.py --pretrained_weights ... --data_path ... --probes linear ep --probe_maps
     python eval_linear.py --pretrained_weights ... --data_path ... --evaluate          # a saved head
     python eval_linear.py ... --evaluate --mask_ratios 0.1 0.3 --mask_by dino.pth      # without what DINO attends to
     python eval_linear.py --pretrained_weights ... --data_path ... --logistic          # an answer in seconds
@@ -11,6 +12,9 @@ models on few images. The best head is chosen on a tenth of train held out for i
 the published numbers did, and trains on all of train); a single head needs no choice. Writes to --output_dir, by
 default the checkpoint's folder: eval_linear.json, eval_linear.png, eval_linear_log.txt, checkpoint.pth.tar (to resume)
 and best.pth.tar, which hold the chosen head under the published names. The protocol: evaluation/linear.py.
+
+--probes trains attentive probes on the backbone's tokens as well, each with the same grid: evaluation/probes.py. The
+best head of each is in best_NAME.pth.tar.
 """
 
 from __future__ import annotations

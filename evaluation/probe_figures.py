@@ -75,7 +75,8 @@ def draw_probe_maps(
     paths = [figure_of_maps(maps, images, folder / "probes.png")]
     for label, of_queries in maps.items():
         if of_queries.shape[1] > 1:
-            shown = {f"{label}: {of_queries.shape[1]} queries or heads": of_queries[:, :MOST_QUERIES]}
+            kind = "queries" if named[label][0].name in ("ep", "ep_all") else "heads"
+            shown = {f"{label}: {of_queries.shape[1]} {kind}": of_queries[:, :MOST_QUERIES]}
             path = folder / f"{named[label][0].file_name}.png"
             side = max(QUERY_SIDE, min(images.shape[-2:]))
             paths.append(figure_of_maps(shown, images, path, per_head=True, side=side))

@@ -42,7 +42,8 @@ def add_probe_flags(parser: argparse.ArgumentParser) -> None:
     add_flag(group, "--wd", type=float, nargs="+", default=None,
              help="weight decays, each with every rate (default: 0; recipe capi: 0.0005 0.001 0.05)")  # fmt: skip
     add_flag(group, "--probe_maps", type=int, nargs="?", const=MAPS, default=None, metavar="IMAGES",
-             help=f"draw what the chosen heads' queries look at, on {MAPS} or so many val images")  # fmt: skip
+             help="draw where the queries of the chosen heads look, on this many val images "
+                  f"({MAPS} if no number is given)")  # fmt: skip
     add_flag(group, "--token_cache", type=float, default=DEFAULT_CACHE, metavar="GIB",
              help="memory per process for tokens of val and held-out images")  # fmt: skip
 

@@ -74,10 +74,13 @@ class ProbeSweep(Sweep):
         )
         if selected_on == "val":
             say("heads and epochs were chosen on val itself, as published protocols do: these figures are optimistic")
+        notes: dict[str, list[str]] = {}
         for label, row in self.best_of.items():
             note = end_of_grid(row["lr"], [other["lr"] for other in self.rows if other["probe"] == label])
+            notes.setdefault(note or "", []).append(label)
+        for note, labels in notes.items():
             if note:
-                say(f"{label}: {note}")
+                say(f"{', '.join(labels)}: {note}")
         if is_main_process() and len(self.rows) > 1:
             probe_figures.plot_probes(self.rows, self.best_of, self.folder / "eval_linear.png")
         return {**self.results(), "probes": self.best_of}
