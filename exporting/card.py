@@ -22,6 +22,9 @@ from runtime.terminal import say
 CONFIG, CARD, README = "config.json", "MODEL_CARD.md", "README.md"
 _WRITER = "simpool-dino export"
 _TRAINING = ("recipe", "epochs", "global_batch_size", "batch_size_per_gpu", "lr", "weight_decay", "seed", "data_path")
+_OURS_FOR_TIMM = """
+import timm_models  # a file of the code that wrote this one; it registers the name
+"""
 _LOADING = {
     "safetensors": """```python
 import portable  # a file of the code that wrote this one
@@ -45,6 +48,21 @@ import onnxruntime
 session = onnxruntime.InferenceSession("{file}")
 {outputs} = session.run(None, {{"images": images}})  # images float32 (B, {channels}, {height}, {width_px}), any B
 ```""",
+    "timm": """```python
+import timm
+{imports}
+model = {call}.eval()
+```
+
+{width} features per image, or logits if `num_classes` is not 0.""",
+    "torchscript": """```python
+import torch
+
+model = torch.jit.load("{file}")
+{outputs} = model(images)  # images float32 (B, {channels}, {height}, {width_px}), any B
+```
+
+A file of this format can run code when it is loaded; take it only from people you trust.""",
     "torch_export": """```python
 import torch
 
@@ -212,10 +230,12 @@ def _flat(value: Any, name: str = "") -> Any:
 def _how(name: str, entry: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     size = entry["img_size"]
     height, width = (size, size) if isinstance(size, int) else size
+    outputs = entry.get("outputs") or ["features", *(["attention"] if entry["with_attention"] else [])]
     return _LOADING[entry["format"]].format(
         file=name, width=config["num_features"], height=height, width_px=width,
         channels=options.channels(config["settings"]),
-        outputs="features, attention" if entry["with_attention"] else "(features,)",
+        outputs=", ".join(outputs) if len(outputs) > 1 else "(features,)",
+        call=entry.get("call"), imports=_OURS_FOR_TIMM if "simpool_" in entry.get("call", "") else "",
     )  # fmt: skip
 
 

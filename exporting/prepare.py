@@ -2,20 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+import pretrained
 from data.loader import normalize
 from evaluation import attention, options
 from evaluation.examples import Photographs
 from evaluation.models import LoadedModel
-from runtime.guards import InputError
+from runtime.guards import InputError, input_errors
 from vision_transformer import VisionTransformer
 
 MOST_PHOTOGRAPHS = 4
+
+
+class Classifier(NamedTuple):
+    """A linear layer on the features."""
+
+    weight: Tensor  # (C, D)
+    bias: Tensor  # (C,)
+
+
+def classifier_of(
+    content: Mapping[str, Any], checkpoint_key: str, loaded: LoadedModel, wanted: bool
+) -> Classifier | None:
+    """The classifier that lies with a backbone; None if there is none. Raises InputError if one is wanted."""
+    with input_errors():
+        found = pretrained.find_classifier(content, checkpoint_key, loaded.path, loaded.model.num_features)
+    if found is None and wanted:
+        raise InputError(
+            f"--with_head: {loaded.path} holds no linear classifier of {loaded.model.num_features} features; leave the "
+            "flag out"
+        )
+    return None if found is None else Classifier(*found)
 
 
 def size_of(loaded: LoadedModel) -> tuple[int, int]:
