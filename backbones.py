@@ -20,11 +20,13 @@ import convnext_simpool
 import resnet_simpool
 import vision_transformer
 from pooled_backbone import GAMMA, MODES, check_pooling
+from resnet_simpool import STEMS
 from timm_backbone import build_timm, kind_of, knows, listed, timm_names
+from timm_stem import has_stem_to_make_small
 
 __all__ = [
-    "ALIASES", "DEFAULT_GAMMA", "FAMILIES", "MODES", "Backbone", "available", "build_backbone", "family",
-    "resolve_gamma",
+    "ALIASES", "DEFAULT_GAMMA", "FAMILIES", "MODES", "STEMS", "Backbone", "available", "build_backbone", "family",
+    "resolve_gamma", "resolve_stem",
 ]  # fmt: skip
 
 FAMILIES = {
@@ -36,6 +38,7 @@ FAMILIES = {
     },
 }
 ALIASES = {name.replace("vit", "deit"): name for name in FAMILIES["vit"]}
+SMALL_IMAGES = 64  # pixels; on images below it a ResNet's stem is small unless one is chosen
 DEFAULT_GAMMA = {"vit": GAMMA["tokens"], "resnet": GAMMA["map"], "convnext": GAMMA["map"], **GAMMA}
 
 # timm's convolutional families. A name not listed here is treated as a transformer, whose recipe (AdamW, no batch
@@ -99,6 +102,7 @@ def build_backbone(
     pool_depth: int = 0,
     pooling_args: Mapping[str, Any] | None = None,
     drop_rate: float = 0.0,
+    stem: str = "standard",
 ) -> nn.Module:
     """A randomly initialised backbone that returns features (B, num_features), or logits if num_classes > 0.
 
@@ -118,6 +122,8 @@ def build_backbone(
         pool_depth: number of blocks, at the end, that are not built (of a ResNet's or ConvNeXt's last stage).
         pooling_args: the operator's settings, such as {"p": 2.0} for gem.
         drop_rate: dropout, of vision transformers and of timm's models.
+        stem: of ResNets and timm's convolutional networks: "standard"; "small", without strides or pooling, for images
+            below 64 pixels; or "auto", see `resolve_stem`.
 
     Raises:
         ValueError: for an unknown name (listing near matches), and for any setting that the architecture can't honour.
@@ -129,6 +135,7 @@ def build_backbone(
         raise ValueError(f"{mode} has no gamma, got {gamma}; only simpool has one: leave it out")
     name = ALIASES.get(arch, arch)
     own = _family(name)
+    stem = resolve_stem(arch, stem, img_size)
     if masked_im_modeling and own != "vit":
         raise ValueError(
             f"{arch} takes no mask of patches, so masked_im_modeling can't be honoured; choose "
@@ -140,7 +147,7 @@ def build_backbone(
     rates = {"drop_path_rate": drop_path_rate, "drop_rate": drop_rate}
     pooling |= {"gamma": gamma, "value_min": value_min}
     if own is None:
-        return build_timm(name, mode, pooling, rates, img_size, patch_size, pool_depth, {**common, **shape})
+        return build_timm(name, mode, pooling, rates, img_size, patch_size, pool_depth, {**common, **shape}, stem)
 
     common |= {"mode": mode, "pool_depth": pool_depth, **pooling}
     if own == "vit":
@@ -162,7 +169,7 @@ def build_backbone(
             raise ValueError(
                 f"{arch} has no stochastic depth: drop_path_rate {drop_path_rate} can't be honoured; set 0"
             )
-        return FAMILIES[own][name](**common)
+        return FAMILIES[own][name](stem=stem, **common)
     if min(vision_transformer.image_size(img_size)) < convnext_simpool.STRIDE:
         raise ValueError(
             f"img_size {img_size} is too small for {arch}: it needs at least {convnext_simpool.STRIDE} pixels"
@@ -180,6 +187,30 @@ def resolve_gamma(arch: str, gamma: float | str | None) -> float | None:
         return gamma
     name = ALIASES.get(arch, arch)
     return DEFAULT_GAMMA[_family(name) or kind_of(name)]
+
+
+def resolve_stem(arch: str, stem: str, img_size: int | tuple[int, int]) -> str:
+    """The stem that `stem` means for this architecture and images of `img_size` pixels: "standard" or "small".
+
+    "auto" is small for ResNets, and timm's networks like them, on images with a side below 64 pixels. A timm name then
+    has its model built once, without memory, to see whether its stem can be made small.
+
+    Raises ValueError for an unknown stem, and for a small one that the architecture can't have.
+    """
+    if stem not in (*STEMS, "auto"):
+        raise ValueError(f"unknown stem {stem!r}; choose {', '.join(STEMS)} or auto")
+    large = min(vision_transformer.image_size(img_size)) >= SMALL_IMAGES
+    if stem == "standard" or (stem == "auto" and (large or family(arch) != "resnet")):
+        return "standard"
+    name = ALIASES.get(arch, arch)
+    own = _family(name)
+    possible = own == "resnet" or (own is None and has_stem_to_make_small(name))
+    if stem == "small" and not possible:
+        raise ValueError(
+            f"{arch} has no stem of strided convolutions and pooling, so a small one can't be honoured; only ResNets "
+            f"and networks like them have one: leave stem out{', or choose a smaller patch_size' * (own == 'vit')}"
+        )
+    return "small" if possible else "standard"
 
 
 def _parsed(gamma: float | str | None) -> float | str | None:

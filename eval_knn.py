@@ -2,7 +2,8 @@
 
     python eval_knn.py --pretrained_weights output/checkpoint.pth --data_path /path/to/imagenet
     python eval_knn.py --pretrained_weights output/checkpoint.pth --data_path demo --low_shot
-    python eval_knn.py --pretrained_weights output/checkpoint.pth --data_path photos/ --embed photos.npz
+    python eval_knn.py --pretrained_weights output/checkpoint.pth --data_path photos/ --embed photos.npz --plot tsne
+    python eval_knn.py --pretrained_weights output/checkpoint.pth --data_path photos/ --embed patches/ --tokens patches
 
 The checkpoint may be ours or the published code's; what model it holds is read from it. Prints a table, and writes
 eval_knn.json to the checkpoint's folder (or to --output_dir). The flags are the published program's. The protocol, and
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +21,41 @@ import torch
 from torch import Tensor, nn
 
 from data.datasets import open_images
-from data.sampler import shard_for_eval
-from evaluation import features, identity, knn, labelled, low_shot, options, records, report, stored_features
+from evaluation import (
+    collected,
+    embedding,
+    feature_map,
+    features,
+    knn,
+    labelled,
+    layers,
+    low_shot,
+    options,
+    records,
+    report,
+)
 from evaluation.knn import knn_classifier
-from evaluation.models import LoadedModel, load_checkpoint_model
 from evaluation.retrieval import multi_scale
 from runtime.checkpoint import check_writable
 from runtime.cli import add_flag, bool_flag, parse_program
 from runtime.distributed import (
     all_gather_objects,
     choose_device,
-    get_rank,
     get_world_size,
     init_distributed_mode,
     is_main_process,
     leave,
 )
-from runtime.guards import EXIT_DONE, input_errors, run_program
+from runtime.guards import EXIT_DONE, InputError, input_errors, run_program
 from runtime.meters import MetricLogger
-from runtime.reproduce import fix_random_seeds
 from runtime.terminal import say
 
 __all__ = ["ReturnIndexDataset", "extract_feature_pipeline", "extract_features", "knn_classifier"]
+
+# What papers on frozen features search; the best of it is chosen on val, and named so.
+GRID_KS = (5, 10, 15, 20, 50, 100, 200)
+GRID_TEMPERATURES = (0.07, 0.1, 0.2)
+AS_THEY_ARE = "as the model gives them (not normalised)"
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -53,6 +66,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_flag(
         group, "--temperature", type=float, nargs="+", default=[0.07], help="temperature of the votes, one or many"
     )
+    add_flag(group, "--grid", action="store_true",
+             help="all of the usual grid in one pass, and which is best: "
+             f"k {' '.join(map(str, GRID_KS))}, T {' '.join(f'{t:g}' for t in GRID_TEMPERATURES)}")  # fmt: skip
     add_flag(group, "--use_cuda", type=bool_flag, default=True, help="classify on the GPU; false: on the CPU")
     add_flag(group, "--low_shot", type=int, nargs="*", default=None, metavar="NU",
              help="also low-shot k-NN with NU images per class (no value: 1 5 10 20)")  # fmt: skip
@@ -64,7 +80,16 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_flag(group, "--dump_features", default=None, help="folder to save the features to")
     add_flag(group, "--load_features", default=None, help="folder of saved features to use instead of extracting")
     add_flag(group, "--embed", default=None, metavar="FILE",
-             help="only write features and names of all images, train and val, to .npz, or .npy and .csv")  # fmt: skip
+             help="only write features and names of all images, train and val, to .npz, to .npy and .csv, or as parts "
+             "to a folder (a name without a suffix), for sets that do not fit into memory")  # fmt: skip
+    add_flag(group, "--tokens", choices=layers.TOKENS, default="pooled",
+             help="what --embed writes: the feature of each image, or those of all its patches")  # fmt: skip
+    add_flag(group, "--layer", type=int, default=-1,
+             help="block after which --embed takes features: 0 is the first, -1 the last")  # fmt: skip
+    add_flag(group, "--part_images", type=int, default=None,
+             help="images in each part of a folder (default: as many as make 256 MB)")  # fmt: skip
+    add_flag(group, "--plot", choices=feature_map.METHODS, default=None,
+             help="also draw the features of --embed in two dimensions, coloured by class, as PNG")  # fmt: skip
     add_flag(group, "--features_dtype", choices=("fp32", "fp16"), default=None,
              help="how features are stored (default: fp32)")  # fmt: skip
     options.add_checkpoint_flags(parser)
@@ -78,11 +103,14 @@ def main(argv: list[str] | None = None) -> int:
     options.check_run(args)
     options.check_positive(args, "nb_knn")
     options.check_above_zero(args, "temperature")
+    if args.grid:
+        use_grid(args)
     if args.low_shot is not None:
         args.low_shot = args.low_shot or [1, 5, 10, 20]
         options.check_positive(args, "low_shot")
+    check_embed_flags(args)
     if args.embed:
-        stored_features.check_embeddings_path(args.embed)
+        embedding.check_path(args.embed)
     elif args.dump_features:
         check_writable(Path(args.dump_features), "--dump_features")
     folder = None if args.embed else records.output_folder(args.output_dir, args.pretrained_weights)
@@ -93,32 +121,41 @@ def main(argv: list[str] | None = None) -> int:
         leave()
 
 
+def use_grid(args: argparse.Namespace) -> None:
+    """Put the grid's numbers of neighbours and temperatures in place. Raises InputError if the user gave others."""
+    parser = get_args_parser()
+    given = [f"--{name}" for name in ("nb_knn", "temperature") if getattr(args, name) != parser.get_default(name)]
+    if given:
+        raise InputError(f"--grid has its own values: leave out {' and '.join(given)}, or leave out --grid")
+    args.nb_knn, args.temperature = list(GRID_KS), list(GRID_TEMPERATURES)
+
+
+def check_embed_flags(args: argparse.Namespace) -> None:
+    """Raise InputError for flags of --embed without it, or that do not go together."""
+    if not args.embed:
+        parser = get_args_parser()
+        for name in ("tokens", "layer", "part_images", "plot"):
+            if getattr(args, name) != parser.get_default(name):
+                raise InputError(f"--{name} {getattr(args, name)} is a setting of --embed: give --embed FILE, too")
+        return
+    if args.part_images is not None:
+        options.check_positive(args, "part_images")
+        if not embedding.is_folder(args.embed):
+            raise InputError(f"--part_images: {args.embed} is one file; give --embed a folder, a name without a suffix")
+    if args.plot:
+        if args.tokens != "pooled":
+            raise InputError(f"--plot {args.plot} draws one point per image: leave out --tokens {args.tokens}")
+        if embedding.is_folder(args.embed):
+            raise InputError(f"--plot {args.plot} draws the features of one file: give --embed FILE.npz, not a folder")
+        feature_map.check_method(args.plot)
+
+
 # ---- the evaluation -------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Collected:
-    """Normalised features and labels of train and val, and what the JSON says of their origin."""
-
-    features: stored_features.FeatureSet
-    complete: bool  # whether this rank holds the whole training set, or only its share
-    model: dict[str, Any]
-    data: dict[str, Any]
-    numerics: dict[str, Any]  # settings that change the features
-
-    def training_share(self) -> tuple[Tensor, Tensor]:
-        """This rank's part of the training features and labels."""
-        train, labels = self.features.train_features, self.features.train_labels
-        if self.complete:
-            share = shard_for_eval(len(train), get_rank(), get_world_size())
-            mine = slice(share[0], share[-1] + 1) if len(share) else slice(0)
-            train, labels = train[mine], labels[mine]
-        return train, labels
 
 
 def evaluate(args: argparse.Namespace, folder: Path) -> int:
     """k-NN, and low-shot k-NN if asked for: table and eval_knn.json."""
-    found = collect(args)
+    found = collected.collect(args)
     device = args.torch_device if args.use_cuda else torch.device("cpu")
     test = found.features.test_features.to(device)
     with input_errors():
@@ -132,16 +169,23 @@ def evaluate(args: argparse.Namespace, folder: Path) -> int:
     cells = [[str(row["k"]), f"{row['temperature']:g}", row["top1"], row["top5"]] for row in rows]
     say(records.table(["k-NN", "temperature", "top-1", "top-5"], cells))
     results: dict[str, Any] = {"knn": rows}
+    if args.grid:
+        best = max(rows, key=lambda row: row["top1"])
+        results["best_on_val"] = best
+        say(
+            f"best of the {len(rows)}, chosen on val itself: k = {best['k']}, T = {best['temperature']:g}, "
+            f"top-1 {best['top1']:.2f}, top-5 {best['top5']:.2f}"
+        )
     if args.low_shot:
         results["low_shot"] = classify_low_shot(args, found, test)
-    names = ("nb_knn", "temperature", "low_shot", "low_shot_draw", "subset", "seed", "val_fraction")
+    names = ("nb_knn", "temperature", "grid", "low_shot", "low_shot_draw", "subset", "seed", "val_fraction")
     settings = {name: getattr(args, name) for name in names} | found.numerics
     records.write_evaluation(folder, "eval_knn", found.model, found.data, settings, results)
     report.refresh_report(args.pretrained_weights)
     return EXIT_DONE
 
 
-def classify_low_shot(args: argparse.Namespace, found: Collected, test: Tensor) -> dict[int, dict]:
+def classify_low_shot(args: argparse.Namespace, found: collected.Collected, test: Tensor) -> dict[int, dict]:
     """Low-shot k-NN, each rank with its share of the queries and all training features: table and results.
 
     The results of the first temperature stand under each number of images, and those of any others under
@@ -165,111 +209,34 @@ def classify_low_shot(args: argparse.Namespace, found: Collected, test: Tensor) 
 
 
 def embed(args: argparse.Namespace) -> int:
-    """Features and file names of every image at --data_path, labelled or not, as files."""
-    loaded = load(args)
-    source = labelled.open_all(args.data_path, args.subset, options.channels(loaded.config))
-    array, index = features.extract(loaded.model, source, **options.extraction(args, loaded.config))
-    if is_main_process():
-        description = options.describe(loaded, args) | {"data_path": args.data_path, "data": source.fingerprint()}
-        description |= options.numerics(args, loaded.config)
-        with input_errors("--embed"):
-            for path in stored_features.write_embeddings(args.embed, array, source, description, index):
-                say(f"wrote {path}")
-        say(f"{len(array)} features of width {array.shape[1]}, as the model gives them (not normalised)")
-    return EXIT_DONE
-
-
-# ---- features -------------------------------------------------------------------------------------------------------
-
-
-def load(args: argparse.Namespace) -> LoadedModel:
-    """The model of --pretrained_weights on this process's device."""
-    flags = options.model_flags(args)
-    fix_random_seeds(args.seed)  # so a model without a checkpoint is the same in every program
-    return load_checkpoint_model(
-        args.pretrained_weights, checkpoint_key=args.checkpoint_key, device=args.torch_device, **flags
-    )
-
-
-def numerics(args: argparse.Namespace, loaded: LoadedModel) -> dict[str, Any]:
-    """The settings that change the features, as they are recorded."""
-    return options.numerics(args, loaded.config) | {"features_dtype": args.features_dtype or "fp32"}
-
-
-def collect(args: argparse.Namespace) -> Collected:
-    """Features from --load_features, or extracted; complete on every rank if a later step needs them so."""
-    if args.load_features:
-        return collect_saved(args)
-    loaded = load(args)
-    in_chans = options.channels(loaded.config)
-    train, val = labelled.open_labelled(args.data_path, args.subset, in_chans, args.val_fraction)
+    """Features and file names of every image at --data_path, labelled or not, as files; a picture if asked for."""
+    loaded = collected.load(args)
     settings = options.extraction(args, loaded.config)
-    share = features.extract_shard(loaded.model, train, desc="training features", **settings)
-    if args.on_bad_image == "skip":
-        features.report_skipped(train, share.bad, "training")
-    test, test_index = features.extract(loaded.model, val, desc="validation features", **settings)
-    train_features, index = share.features, share.index
-    complete = get_world_size() == 1 or bool(args.dump_features or args.low_shot)
-    if complete:
-        train_features, index = features.gather_shards(train_features), features.gather_shards(index)
-    made_by = {
-        **options.describe(loaded, args),
-        **identity.of_data(train, val),
-        **numerics(args, loaded),
-        "classes": train.classes,
-    }
-    found = stored_features.FeatureSet(
-        features.normalize_rows_(train_features),
-        features.normalize_rows_(test),
-        torch.from_numpy(train.labels)[index],
-        torch.from_numpy(val.labels)[test_index],
-        made_by,
-    )
-    if args.dump_features and is_main_process():
-        with input_errors("--dump_features"):
-            stored_features.dump_features(args.dump_features, found)
-        say(f"features written to {args.dump_features}")
-    data = records.describe_data(args.data_path, train, val)
-    return Collected(found, complete, options.describe(loaded, args), data, numerics(args, loaded))
-
-
-def collect_saved(args: argparse.Namespace) -> Collected:
-    """Features of --load_features, checked against all that the command line says of what should have made them.
-
-    What it does not say is taken from the description that lies with the features, and recorded as it stands there.
-    """
-    expected: dict[str, Any] = {}
-    data: dict[str, Any] = {"load_features": str(args.load_features)}
-    in_chans = args.in_chans or 3
-    if args.pretrained_weights:
-        loaded = load(argparse.Namespace(**{**vars(args), "torch_device": torch.device("cpu")}))
-        expected |= identity.of_model(loaded, args.checkpoint_key)
-        expected |= {key: numerics(args, loaded)[key] for key in ("img_size", "resize")}
-        in_chans = options.channels(loaded.config)
-    for key in ("amp", "features_dtype"):
-        if getattr(args, key) is not None:
-            expected[key] = getattr(args, key)
-    if args.data_path != get_args_parser().get_default("data_path"):
-        train, val = labelled.open_labelled(args.data_path, args.subset, in_chans, args.val_fraction)
-        expected |= identity.of_data(train, val)
-        data |= records.describe_data(args.data_path, train, val)
-    saved = stored_features.load_features(args.load_features, expected)
-    made_by = saved.description
-    if not args.pretrained_weights and made_by:
-        check_model_flags(args, made_by)
-    model = {key: made_by.get(key) for key in ("checkpoint", "checkpoint_sha256", "checkpoint_key", "epoch", "config")}
-    settings = {key: made_by.get(key) for key in (*identity.EXTRACTION, "features_dtype")}
-    return Collected(saved, True, model, data, settings)
-
-
-def check_model_flags(args: argparse.Namespace, made_by: dict[str, Any]) -> None:
-    """Raise InputError if a flag of the model contradicts the description of stored features."""
-    config = made_by.get("config") if isinstance(made_by.get("config"), dict) else {}
-    given = {key: value for key, value in options.model_flags(args).items() if value not in (None, "auto")}
-    identity.require_same(
-        config, given, [key for key in given if key in config],
-        f"the features in {args.load_features} were made by another model", "Leave the flag or --load_features out",
-    )  # fmt: skip
+    with input_errors("--layer"):
+        forward = layers.feature_function(loaded.model, args.tokens, args.layer)
+        shape = embedding.shape_of(loaded.model, forward, options.channels(loaded.config), settings)
+    source = labelled.open_all(args.data_path, args.subset, options.channels(loaded.config))
+    description = options.describe(loaded, args) | {"data_path": args.data_path, "data": source.fingerprint()}
+    description |= options.numerics(args, loaded.config) | {"tokens": args.tokens, "layer": args.layer}
+    width = " x ".join(map(str, shape))
+    if embedding.is_folder(args.embed):
+        index = embedding.write_parts(
+            args.embed, loaded.model, forward, source, shape, description, settings, args.part_images
+        )
+        say(f"wrote {index}: {len(source)} images, features of width {width}, {AS_THEY_ARE}")
+        return EXIT_DONE
+    array, index = features.extract(loaded.model, source, forward=forward, **settings)
+    array = array.view(len(array), *shape)
+    if is_main_process():
+        with input_errors("--embed"):
+            for path in embedding.write_file(args.embed, array, source, description, index):
+                say(f"wrote {path}")
+        say(f"{len(array)} features of width {width}, {AS_THEY_ARE}")
+        if args.plot:
+            labels = None if source.labels is None else source.labels[index.numpy()]
+            picture = Path(args.embed).with_suffix(f".{args.plot}.png")
+            say(f"wrote {feature_map.plot_features(array.numpy(), labels, source.classes, args.plot, picture)}")
+    return EXIT_DONE
 
 
 # ---- DINO's names ---------------------------------------------------------------------------------------------------
@@ -283,7 +250,7 @@ def extract_feature_pipeline(args: argparse.Namespace) -> tuple[Tensor, Tensor, 
     args = options.with_defaults(args, get_args_parser())
     if not hasattr(args, "torch_device"):
         args.torch_device = choose_device(args.device)
-    found = collect(args)
+    found = collected.collect(args)
     saved = found.features
     if not found.complete:
         saved.train_features = features.gather_shards(saved.train_features)

@@ -30,12 +30,11 @@ from distill.heads import ACTIVATIONS, iBOTHead
 from distill.masked_multicrop import MaskedStudent, MaskingTeacher
 from distill.patch_loss import iBOTLoss
 from optim.clipping import cancel_gradients_last_layer
-from optim.schedules import cosine_scheduler
-from runtime.checks import above_zero, at_least_one, at_most, check_choice, from_zero_to_one, zero_or_more
+from runtime.checks import above_zero, at_least_one, at_most, check_choice, zero_or_more
 from runtime.cli import add_flag, bool_flag
 from runtime.guards import InputError, input_errors, run_program
 from runtime.reproduce import fix_random_seeds
-from training import arguments, flags, launch, masking, multicrop
+from training import arguments, flags, launch, masking, multicrop, self_distillation
 from training.backbone import build_backbone, check_crop_sizes, load_initial_backbone
 from training.masking import MaskedBatch, MaskedViews
 from training.method import Method
@@ -97,7 +96,7 @@ def build(args: argparse.Namespace, images: int, device: torch.device) -> Run:
         lambda1=args.lambda1, lambda2=args.lambda2, mim_start_epoch=args.pred_start_epoch,
     )  # fmt: skip
     schedules = common_schedules(args, plan) | {
-        "teacher_momentum": cosine_scheduler(args.momentum_teacher, 1.0, args.epochs, plan.steps_per_epoch),
+        "teacher_momentum": self_distillation.momentum_schedule(args, plan),
         "teacher_temp": np.repeat(loss.teacher_temp_schedule, plan.steps_per_epoch),
         "teacher_patch_temp": np.repeat(loss.teacher_temp2_schedule, plan.steps_per_epoch),
     }
@@ -128,7 +127,7 @@ def build_head(args: argparse.Namespace, width: int, shared: bool) -> iBOTHead:
     norm = None if args.norm_in_head == "none" else args.norm_in_head
     return iBOTHead(
         width, args.out_dim, args.patch_out_dim, norm, args.act_in_head, norm_last_layer=args.norm_last_layer,
-        shared_head=shared,
+        shared_head=shared, **self_distillation.head_size(args),
     )  # fmt: skip
 
 
@@ -152,12 +151,7 @@ class MaskWatch(TeacherWatch):
 
 def get_args_parser() -> argparse.ArgumentParser:
     """All flags. Those set by recipes default to None here and are filled in by `arguments.resolve`."""
-    return flags.new_parser("AttMask", _add_method_flags, _add_view_flags)
-
-
-def _add_view_flags(group: argparse._ArgumentGroup) -> None:
-    add_flag(group, "--global_crops_number", type=int, help="large crops per image, 1 or 2")
-    multicrop.add_flags(group)
+    return flags.new_parser("AttMask", _add_method_flags, multicrop.add_flags)
 
 
 def _add_method_flags(group: argparse._ArgumentGroup) -> None:
@@ -173,7 +167,7 @@ def _add_method_flags(group: argparse._ArgumentGroup) -> None:
     add_flag(group, "--norm_last_layer", type=bool_flag, help="keep the prototypes at norm 1")
     add_flag(group, "--norm_in_head", choices=("none", "bn"), default="none", help="normalisation in the head")
     add_flag(group, "--act_in_head", choices=tuple(ACTIVATIONS), default="gelu", help="activation in the head")
-    add_flag(group, "--momentum_teacher", type=float, help="EMA momentum at the start; rises to 1 along a cosine")
+    self_distillation.add_flags(group)
     add_flag(group, "--warmup_teacher_temp", type=float, help="initial teacher temperature for [CLS]")
     add_flag(group, "--teacher_temp", type=float, help="teacher temperature for [CLS] after its warm-up")
     add_flag(group, "--warmup_teacher_patch_temp", type=float, help="initial teacher temperature for patches")
@@ -200,7 +194,7 @@ def _check(args: argparse.Namespace) -> None:
     at_most(args, out_dim=10_000_000, patch_out_dim=10_000_000)
     zero_or_more(args, "warmup_teacher_temp_epochs", "freeze_last_layer", "lambda1", "lambda2")
     above_zero(args, "teacher_temp", "warmup_teacher_temp", "teacher_patch_temp", "warmup_teacher_patch_temp")
-    from_zero_to_one(args, "momentum_teacher")
+    self_distillation.check(args)
     check_choice(args, "norm_in_head", ("none", "bn"))
     check_choice(args, "act_in_head", ACTIVATIONS)
     _check_heads(args)
@@ -238,12 +232,7 @@ def _fit(args: argparse.Namespace, _train: ImageSource) -> None:
 
 
 def _check_views(args: argparse.Namespace) -> None:
-    """Raise InputError for views that leave nothing to compare."""
-    if args.global_crops_number == 1 and args.local_crops_number == 0:
-        raise InputError(
-            "--global_crops_number 1 with --local_crops_number 0 leaves no pair of views to compare; give 2, or local "
-            "crops"
-        )
+    """Raise InputError for local crops that are not smaller than global ones."""
     if args.local_crops_number and args.local_crops_size >= args.img_size:
         raise InputError(
             f"--local_crops_size {args.local_crops_size} with --img_size {args.img_size}: local crops, which are not "
@@ -253,7 +242,7 @@ def _check_views(args: argparse.Namespace) -> None:
 
 def _config(args: argparse.Namespace) -> dict[str, Any]:
     keys = ("out_dim", "patch_out_dim", "norm_last_layer", "shared_head", "shared_head_teacher", "norm_in_head",
-            "act_in_head", "use_masked_im_modeling")  # fmt: skip
+            "act_in_head", "use_masked_im_modeling", *self_distillation.HEAD_FLAGS)  # fmt: skip
     return {key: getattr(args, key) for key in keys}
 
 

@@ -8,13 +8,14 @@ Supervised Transformers Suffer from Attention Deficit?" (ICCV 2023). This file d
 loss and flags. The code common to all methods is in training/. docs/parity.md lists the departures from the published
 code.
 
-Shapes: B images per process and micro-batch, V = 2 + n student views, K prototypes.
+Shapes: B images per process and micro-batch, G global crops (2, or 1), V = G + n student views, K prototypes.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,12 +30,11 @@ from distill.heads import DINOHead
 from distill.losses import DINOLoss
 from distill.multicrop import MultiCropWrapper
 from optim.clipping import cancel_gradients_last_layer
-from optim.schedules import cosine_scheduler
-from runtime.checks import above_zero, at_least_one, at_most, from_zero_to_one, zero_or_more
+from runtime.checks import above_zero, at_least_one, at_most, zero_or_more
 from runtime.cli import add_flag, bool_flag
 from runtime.guards import input_errors, run_program
 from runtime.reproduce import fix_random_seeds
-from training import arguments, flags, launch, multicrop
+from training import arguments, flags, launch, multicrop, self_distillation
 from training.backbone import build_backbone, check_crop_sizes, load_initial_backbone
 from training.method import Method
 from training.plan import make_plan
@@ -54,17 +54,17 @@ def train_step(run: Run, batches: list[CropBatch], step: int, wishes: Wishes = N
     stop, save).
     """
     epoch, means = run.begin(step), Means()
-    for batch in run.micro_batches(batches):  # crops [(2B, C, S, S), (nB, C, s, s)]
+    for batch in run.micro_batches(batches):  # crops [(G·B, C, S, S), (n·B, C, s, s)]
         with run.exchange_gradients(batch.last):
             with run.hardware.autocast():
                 with torch.no_grad():
-                    teacher_output = run.teacher(batch.crops[:1])  # (2B, K)
+                    teacher_output = run.teacher(batch.crops[:1])  # (G·B, K)
                 student_output = run.student(batch.crops)  # (V·B, K)
             loss, entropy, kl, teacher_sum = run.loss.step_terms(student_output, teacher_output, epoch)
             run.backward(loss, len(batches))
         means.add(loss=loss, entropy=entropy, kl=kl, center=teacher_sum)
 
-    means.over_ranks(wishes, center=2 * run.plan.batch_size)
+    means.over_ranks(wishes, center=run.loss.nglobal * run.plan.batch_size)
     run.unscale()
     cancel_gradients_last_layer(epoch, run.student, run.args.freeze_last_layer)
     norm, refused = run.update(means)
@@ -84,15 +84,15 @@ def build(args: argparse.Namespace, images: int, device: torch.device) -> Run:
     student, teacher = build_models(args)
     loss = DINOLoss(
         args.out_dim,
-        args.local_crops_number + 2,
+        args.global_crops_number + args.local_crops_number,
         args.warmup_teacher_temp,
         args.teacher_temp,
         args.warmup_teacher_temp_epochs,
         args.epochs,
+        nglobal=args.global_crops_number,
     )
-    momentum = cosine_scheduler(args.momentum_teacher, 1.0, args.epochs, plan.steps_per_epoch)
     schedules = common_schedules(args, plan) | {
-        "teacher_momentum": momentum,
+        "teacher_momentum": self_distillation.momentum_schedule(args, plan),
         "teacher_temp": np.repeat(loss.teacher_temp_schedule, plan.steps_per_epoch),
     }
     return Run(args, choice, student, teacher, loss, schedules, MultiCropViews(multicrop.crop_spec(args)), plan)
@@ -104,13 +104,13 @@ def build_models(args: argparse.Namespace) -> tuple[MultiCropWrapper, MultiCropW
         backbone = build_backbone(args, drop_path_rate=args.drop_path_rate)
         teacher_backbone = build_backbone(args)
         check_crop_sizes(teacher_backbone, args, "img_size", "local_crops_size")
-    width = backbone.num_features
-    student = MultiCropWrapper(
-        backbone, DINOHead(width, args.out_dim, use_bn=args.use_bn_in_head, norm_last_layer=args.norm_last_layer)
+    head = partial(
+        DINOHead, backbone.num_features, args.out_dim, use_bn=args.use_bn_in_head, **self_distillation.head_size(args)
     )
+    student = MultiCropWrapper(backbone, head(norm_last_layer=args.norm_last_layer))
     if args.init_from:
         load_initial_backbone(backbone, args)
-    teacher = MultiCropWrapper(teacher_backbone, DINOHead(width, args.out_dim, use_bn=args.use_bn_in_head))
+    teacher = MultiCropWrapper(teacher_backbone, head())
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
     return student, teacher
@@ -128,7 +128,7 @@ def _add_method_flags(group: argparse._ArgumentGroup) -> None:
     add_flag(group, "--out_dim", type=int, help="prototypes K, the width of the head's output")
     add_flag(group, "--norm_last_layer", type=bool_flag, help="keep the prototypes at norm 1")
     add_flag(group, "--use_bn_in_head", type=bool_flag, help="BatchNorm in the head")
-    add_flag(group, "--momentum_teacher", type=float, help="EMA momentum at the start; rises to 1 along a cosine")
+    self_distillation.add_flags(group)
     add_flag(group, "--warmup_teacher_temp", type=float, help="initial teacher temperature")
     add_flag(group, "--teacher_temp", type=float, help="teacher temperature after its warm-up")
     add_flag(group, "--warmup_teacher_temp_epochs", type=int, help="epochs over which it warms up; 0 for none")
@@ -142,12 +142,13 @@ def _check(args: argparse.Namespace) -> None:
     at_most(args, out_dim=10_000_000)
     zero_or_more(args, "warmup_teacher_temp_epochs", "freeze_last_layer")
     above_zero(args, "teacher_temp", "warmup_teacher_temp")
-    from_zero_to_one(args, "momentum_teacher")
+    self_distillation.check(args)
     multicrop.complete(args)
 
 
 def _config(args: argparse.Namespace) -> dict[str, Any]:
-    return {key: getattr(args, key) for key in ("out_dim", "use_bn_in_head", "norm_last_layer")}
+    keys = ("out_dim", "use_bn_in_head", "norm_last_layer", *self_distillation.HEAD_FLAGS)
+    return {key: getattr(args, key) for key in keys}
 
 
 METHOD = Method(

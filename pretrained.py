@@ -32,7 +32,7 @@ from torchfile import safe
 # What belongs to the model that a file holds, in the order in which it is told.
 MODEL_KEYS = (
     "arch", "mode", "gamma", "patch_size", "img_size", "in_chans", "embed_dim", "depth", "num_heads",
-    "use_beta", "pool_position", "pool_depth", "pooling_args",
+    "use_beta", "pool_position", "pool_depth", "pooling_args", "stem",
 )  # fmt: skip
 POLICY_KEYS = ("pos_embed_policy", "value_min")
 NEWEST_FORMAT = 2  # of the checkpoints that this code knows; files without `format` are older
@@ -238,7 +238,7 @@ def recorded_settings(
             )
         recorded = _checked(config, path)
         _compare(recorded, seen, path)
-        told = _named(seen) if "arch" not in recorded else {key: seen[key] for key in ("mode",) if key in seen}
+        told = _named(seen) if "arch" not in recorded else {key: seen[key] for key in ("mode", "stem") if key in seen}
         settings = {**told, **recorded}
         heads_known = "arch" in recorded or "num_heads" in recorded
     else:
@@ -334,6 +334,7 @@ def settings_of_shapes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     elif "layer1.0.conv1.weight" in weights and "conv1.weight" in weights:
         counts = tuple(_count(weights, rf"layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4))
         seen |= _arch_and_channels(_RESNETS.get(("layer1.0.conv3.weight" in weights, counts)), weights["conv1.weight"])
+        seen["stem"] = "small" if tuple(weights["conv1.weight"].shape[2:]) == (3, 3) else "standard"
     elif "downsample_layers.0.0.weight" in weights:
         stem = weights["downsample_layers.0.0.weight"]
         seen |= _arch_and_channels(_CONVNEXTS.get((_count(weights, r"stages\.2\.(\d+)\."), stem.shape[0])), stem)
@@ -399,6 +400,8 @@ def _possible(key: str, value: Any) -> bool:
         return value in (None, "auto") or (type(value) in (int, float) and math.isfinite(value) and value > 0)
     if key == "use_beta":
         return isinstance(value, bool)
+    if key == "stem":
+        return value in ("small", "standard")
     if key == "pooling_args":
         return isinstance(value, dict) and len(value) <= 20 and all(map(_possible_setting, value.items()))
     if key in ("arch", "mode", "pool_position", *POLICY_KEYS):
@@ -426,7 +429,7 @@ def _compare(recorded: Mapping[str, Any], seen: Mapping[str, Any], path: str | P
     built = {**recorded, "depth": recorded.get("depth", 0) - recorded.get("pool_depth", 0)}
     wrong = [
         f"{key} {built[key]} but its weights have {seen[key]}"
-        for key in ("embed_dim", "depth", "patch_size", "in_chans")
+        for key in ("embed_dim", "depth", "patch_size", "in_chans", "stem")
         if key in recorded and key in seen and built[key] != seen[key]
     ]
     if wrong:

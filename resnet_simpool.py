@@ -4,9 +4,13 @@ Follows "Deep Residual Learning for Image Recognition" with the stride on the 3x
 parameter names, so that published weights load. Written out here rather than imported: torchvision adds a second to
 start-up, and its model does not expose its last map. The operator pools that map, and no norm follows.
 
+For images of 32 pixels, whose last map would be a single cell, there is the usual small stem: one 3x3 convolution
+without stride in place of the 7x7 one with stride 2, and no max-pooling. The parameters keep their names.
+
 Departure from the published code: `mode` works for ResNet-18 and -34 too.
 
-Shape letters: B batch, C channels, h, w the map's size (image size / 32), D width of the feature.
+Shape letters: B batch, C channels, h, w the map's size (image size / 32, with the small stem / 8), D width of the
+feature.
 """
 
 from __future__ import annotations
@@ -19,9 +23,15 @@ from torch import Tensor, nn
 
 from pooled_backbone import PooledBackbone, fewer_blocks
 
+STEMS = ("standard", "small")
+
 
 def _conv3x3(in_planes: int, planes: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_planes, planes, kernel_size=3, stride=stride, padding=1, bias=False)
+
+
+def _conv7x7(in_planes: int, planes: int) -> nn.Conv2d:
+    return nn.Conv2d(in_planes, planes, kernel_size=7, stride=2, padding=3, bias=False)
 
 
 def _conv1x1(in_planes: int, planes: int, stride: int = 1) -> nn.Conv2d:
@@ -82,9 +92,11 @@ class ResNet(PooledBackbone):
         value_min, use_beta, pool_position, pooling_args: of the pooling, see PooledBackbone. There is no norm, so its
             position makes no difference.
         pool_depth: number of the last stage's blocks that are not built.
+        stem: "standard", or "small" for images below 64 pixels.
 
     Raises:
-        ValueError: for an unknown mode, settings that the pooling does not have, and in forward for an empty image.
+        ValueError: for an unknown mode or stem, settings that the pooling does not have, and in forward for an empty
+            image.
     """
 
     def __init__(
@@ -100,12 +112,16 @@ class ResNet(PooledBackbone):
         pool_position: str = "before",
         pool_depth: int = 0,
         pooling_args: Mapping[str, Any] | None = None,
+        stem: str = "standard",
     ) -> None:
         super().__init__(mode, gamma, value_min, use_beta, pool_position, pooling_args)
-        self.conv1 = nn.Conv2d(in_chans, 64, kernel_size=7, stride=2, padding=3, bias=False)
+        if stem not in STEMS:
+            raise ValueError(f"unknown stem {stem!r}; choose {' or '.join(STEMS)}")
+        small = stem == "small"
+        self.conv1 = _conv3x3(in_chans, 64) if small else _conv7x7(in_chans, 64)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        self.maxpool = nn.Identity() if small else nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
         self.layer1 = _stage(block, 64, 64, layers[0], stride=1)
         self.layer2 = _stage(block, 64 * block.expansion, 128, layers[1], stride=2)
         self.layer3 = _stage(block, 128 * block.expansion, 256, layers[2], stride=2)

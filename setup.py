@@ -24,7 +24,7 @@ MODULES = {path.stem for path in ROOT.glob("*.py")} - {"setup"}
 OURS = MODULES | {name.split(".")[-1] for name in PACKAGES[1:]}
 THEIRS = {
     "PIL", "matplotlib", "numpy", "onnx", "onnxruntime", "safetensors", "scipy", "skimage", "sklearn", "tensorboardX",
-    "tifffile", "timm", "torch", "torchvision", "yaml",
+    "tifffile", "timm", "torch", "torchvision", "umap", "yaml",
 }  # fmt: skip
 COMMANDS = {module: name for name, (module, _) in runpy.run_path(str(ROOT / "console.py"))["COMMANDS"].items()}
 

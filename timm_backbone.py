@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import vision_transformer
 from pooled_backbone import PooledBackbone, fewer_blocks
+from timm_stem import make_stem_small
 
 
 @cache
@@ -122,6 +123,7 @@ def build_timm(
     patch_size: int,
     pool_depth: int,
     settings: dict[str, Any],
+    stem: str = "standard",
 ) -> TimmBackbone:
     """timm's model of this name, pooled as `mode` and `pooling` say.
 
@@ -137,6 +139,8 @@ def build_timm(
     if pool_depth:
         settings["depth"] = _fewer(name, settings, optional, pool_depth)
     body = _create_timm(name, settings, optional)
+    if stem == "small":
+        make_stem_small(name, body)
     own = getattr(getattr(body, "patch_embed", None), "patch_size", None)
     if own is not None and patch_size not in (16, *vision_transformer.image_size(own)):
         raise ValueError(f"{name} has patches of {own}: patch_size {patch_size} can't be honoured; leave it out")

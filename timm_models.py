@@ -202,10 +202,11 @@ class TimmResNet(TimmInterface, ResNet):
             setattr(self, stage, nn.Sequential())
 
     def describe(self) -> Iterator[dict[str, Any]]:
-        yield {"module": "relu", "num_chs": self.conv1.out_channels, "reduction": 2}
-        for i, stage in enumerate(self.stages):
+        stride = self.conv1.stride[0]
+        yield {"module": "relu", "num_chs": self.conv1.out_channels, "reduction": stride}
+        for i, stage in enumerate(self.stages):  # the small stem has strides neither in its convolution nor behind it
             width = self.num_features >> (len(self.stages) - 1 - i)
-            yield {"module": stage, "num_chs": width, "reduction": 4 << i}
+            yield {"module": stage, "num_chs": width, "reduction": stride**2 << i}
 
 
 class TimmConvNeXt(TimmInterface, ConvNeXt):

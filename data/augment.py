@@ -51,7 +51,9 @@ _DRAWS = _BOX_DRAWS + _COLOUR_DRAWS
 class CropSpec:
     """What to cut from each image and how to colour it. Sizes in pixels, scales in parts of the image's area.
 
-    blur and solarize: probabilities for the first global crop, the second one, and the local crops.
+    flip, jitter, gray: probabilities; blur, solarize: those for the first global crop, the second one, and the local
+    crops. brightness, contrast, saturation: a factor is drawn from [1 - s, 1 + s], not below 0; hue: a turn from
+    [-s, s], in turns. sigma: range of the blur's standard deviation in pixels.
     Raises `InputError` for a value that makes no sense, named by its flag.
     """
 
@@ -85,6 +87,11 @@ class CropSpec:
             raise InputError(f"--local_crops_number {self.local_number}: give 0 or more")
         if self.in_chans < 1:
             raise InputError(f"--in_chans {self.in_chans}: an image has at least 1 channel")
+        _check_probabilities("--blur_prob", self.blur)
+        _check_probabilities("--solarize_prob", self.solarize)
+        _check_probabilities("--jitter_prob", (self.jitter,))
+        _check_probabilities("--gray_prob", (self.gray,))
+        _check_strengths((self.brightness, self.contrast, self.saturation, self.hue))
 
     @property
     def resolutions(self) -> list[tuple[int, int]]:
@@ -108,6 +115,21 @@ def _check_scale(flag: str, scale: Sequence[float]) -> None:
         raise InputError(f"{flag} {given}: give two parts of the image's area, each above 0 and at most 1")
     if scale[0] > scale[1]:
         raise InputError(f"{flag} {scale[0]} {scale[1]}: the smaller one comes first: {flag} {scale[1]} {scale[0]}")
+
+
+def _check_probabilities(flag: str, values: Sequence[float]) -> None:
+    wrong = [value for value in values if not 0 <= value <= 1]
+    if wrong:
+        raise InputError(f"{flag} {wrong[0]}: a probability is from 0 to 1")
+
+
+def _check_strengths(strengths: tuple[float, float, float, float]) -> None:
+    if not all(0 <= strength < math.inf for strength in strengths) or strengths[-1] > 0.5:
+        given = " ".join(str(strength) for strength in strengths)
+        raise InputError(
+            f"--jitter {given}: give the strengths of brightness, contrast, saturation and hue, each 0 or more; that "
+            "of hue is at most 0.5, half a turn"
+        )
 
 
 # ---- in the worker: boxes and crops ----

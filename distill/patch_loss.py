@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.fused_loss import in_place_dino_loss
-from distill.losses import teacher_probabilities, teacher_temp_schedule
+from distill.losses import cross_entropy_between_views, teacher_probabilities, teacher_temp_schedule
 from distill.masked_rows import weighted_cross_entropy
 from runtime.distributed import get_world_size
 
@@ -33,24 +33,6 @@ def patch_temp_schedule(
     """Patch temperature of each epoch, (epochs,): at rest before start_epoch, where the warm-up begins."""
     rest = np.full(min(start_epoch, epochs), warmup_temp)
     return np.concatenate([rest, teacher_temp_schedule(warmup_temp, temp, warmup_epochs, epochs - len(rest))])
-
-
-def cross_entropy_between_views(student: Tensor, targets: Tensor, views: int, student_temp: float) -> Tensor:
-    """The [CLS] term of the module docstring from logits (views · B, K) and probabilities (G · B, K); 0-d, in nats."""
-    batch = len(student) // views
-    teacher_views = targets.split(batch)
-    of_all = sum(teacher_views) if views > len(teacher_views) else None  # what every local view is compared with
-    total = student.new_zeros((), dtype=torch.float32)
-    for v, view in enumerate(student.split(batch)):
-        if v < len(teacher_views):
-            others = [q for i, q in enumerate(teacher_views) if i != v]
-            if not others:
-                continue  # the only global view is compared with nothing
-            target = sum(others)
-        else:
-            target = of_all
-        total = total - (target * F.log_softmax(view.float() / student_temp, dim=-1)).sum() / batch
-    return total / (len(teacher_views) * (views - 1))
 
 
 def masked_cross_entropy(student: Tensor, targets: Tensor, mask: Tensor, student_temp: float) -> Tensor:

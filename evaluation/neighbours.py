@@ -18,6 +18,8 @@ from runtime.distributed import get_world_size
 from runtime.hardware import FLOAT32_LEVEL, product_error
 
 CHUNK_BYTES = 128 << 20  # bound of each large temporary: a block of training features, a chunk of similarities
+GROUP = 16  # columns of one group: about the root of (images / k), which balances the two stages
+BLOCK = 4096  # columns multiplied at once: with a few hundred queries, what a core's cache holds
 
 
 class Neighbours(NamedTuple):
@@ -48,23 +50,36 @@ def exact_fp32_matmul(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def row_topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`values.topk(k)` along the rows of a matrix. On CPU in two stages: half the time for wide rows.
+def product_topk(queries: Tensor, keys: Tensor, k: int, space: Tensor) -> tuple[Tensor, Tensor]:
+    """The k largest entries of each row of queries @ keys.T, largest first, and their columns: (q, k) each.
 
-    Columns fall into groups of m. The k largest entries lie in at most k groups, and these are among the k groups of
-    largest maxima; so only k·m entries are ranked.
+    queries (q, D), keys (n, D) with n >= k, float32; space: q x n numbers or more, which are overwritten.
+
+    On a CPU in two stages. Columns fall into groups of GROUP, and a group's maximum is taken while its part of the
+    product is still in the cache. The k largest entries lie in at most k groups, and these are among the k groups of
+    largest maxima; so only k * GROUP entries are ranked.
     """
-    m = 16
-    width = values.shape[1]
-    groups = width // m
-    if values.device.type != "cpu" or groups < 2 * k:
-        return values.topk(k)
-    best = values[:, : groups * m].unflatten(1, (m, groups)).amax(1).topk(k, sorted=False).indices  # (rows, k)
-    columns = (best[:, None, :] + groups * torch.arange(m)[:, None]).flatten(1)  # (rows, m * k)
-    if groups * m < width:
-        columns = torch.cat([columns, torch.arange(groups * m, width).expand(len(values), -1)], dim=1)
-    top, index = values.gather(1, columns).topk(k)
-    return top, columns.gather(1, index)
+    q, n = len(queries), len(keys)
+    values = space.view(-1)[: q * n].view(q, n)
+    blocks = -(-n // BLOCK)
+    width = n // (GROUP * blocks)  # groups in a block: columns p, p + width, p + 2 width ... are one
+    if queries.device.type != "cpu" or width * blocks < 2 * k:
+        return torch.mm(queries, keys.T, out=values).topk(k)
+    columns = GROUP * width
+    maxima = torch.empty(q, blocks, width)
+    for i in range(blocks):
+        part = values[:, i * columns : (i + 1) * columns]
+        torch.mm(queries, keys[i * columns : (i + 1) * columns].T, out=part)
+        torch.amax(part.unflatten(1, (GROUP, width)), 1, out=maxima[:, i])
+    left = torch.mm(queries, keys[blocks * columns :].T)  # fewer columns than fill one more group in each block
+
+    best = maxima.flatten(1).topk(k, sorted=False).indices
+    first = best // width * columns + best % width  # (q, k): each group's first column
+    groups = values.as_strided((q, n - (GROUP - 1) * width, GROUP), (n, 1, width))  # the group that starts at a column
+    candidates = groups.gather(1, first[:, :, None].expand(-1, -1, GROUP)).flatten(1)
+    top, place = torch.cat([candidates, left], dim=1).topk(k)
+    inside = first.gather(1, (place // GROUP).clamp(max=k - 1)) + place % GROUP * width
+    return top, torch.where(place < k * GROUP, inside, place - k * GROUP + blocks * columns)
 
 
 def nearest(
@@ -81,13 +96,14 @@ def nearest(
     label = torch.zeros((q, k), dtype=torch.int64, device=device)
     block = max(1, min(n, chunk_bytes // (4 * dim)))
     rows = max(1, min(q, chunk_bytes // (4 * block)))
+    space = torch.empty(rows * block, device=device)
     with exact_fp32_matmul(device):
         for start in range(0, n, block):
             keys = train_features[start : start + block].to(device, torch.float32)
             key_labels = train_labels[start : start + block].to(device)
             for first in range(0, q, rows):
                 chunk = slice(first, first + rows)
-                found, index = row_topk(queries[chunk].float() @ keys.T, min(k, len(keys)))  # (rows, k)
+                found, index = product_topk(queries[chunk].float(), keys, min(k, len(keys)), space)  # (rows, k)
                 found_labels = key_labels[index]
                 if start:  # merge with the blocks before
                     found = torch.cat([similarity[chunk], found], dim=1)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from backbones import MODES
+from backbones import MODES, STEMS
 from data.eval_set import ON_BAD_IMAGE
 from evaluation.features import eval_resize
 from pooled_backbone import POSITIONS
@@ -20,6 +20,7 @@ from runtime.guards import InputError, input_errors
 from runtime.hardware import cpu_count
 
 MODEL_FLAGS = (*MODEL_KEYS, *POLICY_KEYS)
+NO_DATA = "/path/to/imagenet/"  # --data_path if the user gives none: the published programs' default
 LARGEST_SIDE = 16_384  # pixels; a mistyped size fails here and not in the allocator
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -55,6 +56,8 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser, many: bool = False) ->
              help="pooled before or after the final norm (default: the checkpoint's, or before)")  # fmt: skip
     add_flag(group, "--pool_depth", type=int, default=None,
              help="blocks left out at the end (default: the checkpoint's, or 0)")  # fmt: skip
+    add_flag(group, "--stem", choices=STEMS, default=None,
+             help="a ResNet's stem: small for small images (default: the checkpoint's, or standard)")  # fmt: skip
     add_flag(group, "--patch_size", type=int, default=None, help="pixels per patch (default: the checkpoint's, or 16)")
     add_flag(
         group, "--img_size", type=int, default=None, help="input side in pixels (default: the checkpoint's, or 224)"
@@ -73,7 +76,7 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser, many: bool = False) ->
 def add_run_flags(parser: argparse.ArgumentParser, batch_size: int = 128, data: str | None = None) -> None:
     """Images, batches, numbers and processes. data: help of --data_path, for programs that need no labelled split."""
     group = parser.add_argument_group("images and output")
-    add_flag(group, "--data_path", default="/path/to/imagenet/",
+    add_flag(group, "--data_path", default=NO_DATA,
              help=data or "root with train/ and val/, a list, tar shards, or demo")  # fmt: skip
     if data is None:
         add_flag(group, "--val_fraction", type=float, default=None,

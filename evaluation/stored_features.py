@@ -1,24 +1,21 @@
-"""Features as files: dumps under the published names with a description that is checked, and embeddings by file name.
+"""Features as files under the published names, with a description that is checked.
 
 Letters: N images, D width.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from data.source import ImageSource
 from evaluation import identity
-from runtime.checkpoint import check_writable, write_atomic, write_json_atomic
+from runtime.checkpoint import write_atomic, write_json_atomic
 from runtime.guards import InputError
 from runtime.terminal import say
 
@@ -114,59 +111,3 @@ def _read_tensor(path: Path) -> Tensor:
     if not isinstance(tensor, Tensor):
         raise InputError(f"{path} holds a {type(tensor).__name__}, not a tensor: dump the features again")
     return tensor
-
-
-def check_embeddings_path(path: str | Path) -> None:
-    """Raise InputError unless `write_embeddings` can write to `path`: tried before anything is computed."""
-    path = Path(path)
-    if path.suffix not in (".npz", ".npy"):
-        raise InputError(f"--embed {path}: the file must end in .npz, or in .npy (names then go to a .csv next to it)")
-    if path.is_dir():
-        raise InputError(f"--embed {path} is a folder: give the name of a file")
-    check_writable(path.parent, "--embed")
-
-
-def write_embeddings(
-    path: str | Path, features: Tensor, source: ImageSource, description: dict[str, Any], index: Tensor | None = None
-) -> list[Path]:
-    """Features with the names of their images: one .npz, or an .npy with a .csv of names; returns the files.
-
-    index: which image of the source each row is of, by default all in order.
-    .npz: `features` (N, D), `names` (N,), `labels` (N,) if there are any, `description` (JSON text).
-    .csv: columns index, name and, if there are labels, label and class; the description goes to a .json.
-    """
-    path = Path(path)
-    check_embeddings_path(path)
-    rows = range(len(source)) if index is None else index.tolist()
-    source_labels = None if source.labels is None else source.labels[list(rows)]
-    array = features.numpy()
-    names = [source.name(i) for i in rows]
-    if path.suffix == ".npz":
-        columns = {"features": array, "names": np.array(names), "description": np.array(json.dumps(description))}
-        if source_labels is not None:
-            columns["labels"] = source_labels
-
-        def write_npz(temporary: Path) -> None:
-            with open(temporary, "wb") as file:
-                np.savez(file, **columns)
-
-        write_atomic(path, write_npz)
-        return [path]
-
-    def write_npy(temporary: Path) -> None:
-        with open(temporary, "wb") as file:
-            np.save(file, array)
-
-    def write_names(temporary: Path) -> None:
-        with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            writer = csv.writer(file)
-            labels = source_labels
-            writer.writerow(["index", "name"] + (["label", "class"] if labels is not None else []))
-            for i, name in enumerate(names):
-                row = [i, name] + ([int(labels[i]), source.classes[labels[i]]] if labels is not None else [])
-                writer.writerow(row)
-
-    write_atomic(path, write_npy)
-    write_atomic(path.with_suffix(".csv"), write_names)
-    write_json_atomic(path.with_suffix(".json"), description)
-    return [path, path.with_suffix(".csv"), path.with_suffix(".json")]

@@ -58,23 +58,30 @@ def target_of(loaded: LoadedModel, classifier: Classifier | None) -> Target:
     """The timm model whose parameters these are. Raises InputError if there is none."""
     model, config = loaded.model, loaded.config
     arch = backbones.ALIASES.get(config["arch"], config["arch"])
+    from_timm, official = isinstance(model, TimmBackbone), model.mode == "official"
+    if not official and (from_timm or model.mode != "simpool"):
+        raise _no_model(f"{arch} pooled by {model.mode}")
+    stem = config.get("stem", "standard")
+    if official and stem != "standard":
+        raise _no_model(f"{arch} with a {stem} stem")
     settings = {"num_classes": 0 if classifier is None else len(classifier.bias)}
-    channels = config.get("in_chans", 3)
-    if channels != 3:
-        settings["in_chans"] = channels
-    if isinstance(model, TimmBackbone) and model.mode == "official":
+    if config.get("in_chans", 3) != 3:
+        settings["in_chans"] = config["in_chans"]
+    if from_timm:
         native = tuple(model.body.pretrained_cfg["input_size"][-2:])
         if hasattr(model.body, "patch_embed") and size_of(loaded) != native:
             settings["img_size"] = size_of(loaded)
         return Target(arch.partition(".")[0], settings)
-    if isinstance(model, TimmBackbone) or model.mode not in ("official", "simpool"):
-        raise InputError(
-            f"--format timm: timm has no model for {arch} pooled by {model.mode}; export it as safetensors or torch"
-        )
     name, own = _shape(model, arch, config)
-    if model.mode == "simpool":
-        return Target(f"simpool_{name}", {**settings, **own, **_pooling(model, arch)})
-    return Target(name, {**settings, **own})
+    if official:
+        return Target(name, {**settings, **own})
+    if stem != "standard":
+        settings["stem"] = stem
+    return Target(f"simpool_{name}", {**settings, **own, **_pooling(model, arch)})
+
+
+def _no_model(what: str) -> InputError:
+    return InputError(f"--format timm: timm has no model for {what}; export it as safetensors or torch")
 
 
 def _shape(model: nn.Module, arch: str, config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -23,15 +23,16 @@ VIT = ["--arch", "vit_small", "--mode", "simpool", *TINY]
 FAMILIES = {
     "vit": VIT,
     "vit_official": ["--arch", "vit_small", *TINY],
-    "resnet": ["--arch", "resnet18", "--mode", "simpool", "--img_size", "32", "--local_crops_size", "32",
-               "--local_crops_number", "1", "--out_dim", "64", "--batch_size_per_gpu", "16", "--num_workers", "0",
-               "--matmul_precision", "highest", "--report", "false"],
+    # The standard stem makes them 16 times faster; tests of the small one ask for it.
+    "resnet": ["--arch", "resnet18", "--stem", "standard", "--mode", "simpool", "--img_size", "32",
+               "--local_crops_size", "32", "--local_crops_number", "1", "--out_dim", "64", "--batch_size_per_gpu", "16",
+               "--num_workers", "0", "--matmul_precision", "highest", "--report", "false"],
     "convnext": ["--arch", "convnext_tiny", "--mode", "simpool", "--img_size", "32", "--local_crops_size", "32",
                  "--local_crops_number", "0", "--out_dim", "64", "--batch_size_per_gpu", "8", "--num_workers", "0",
                  "--matmul_precision", "highest", "--report", "false"],
-    "timm": ["--arch", "resnet10t", "--mode", "simpool", "--img_size", "32", "--local_crops_size", "32",
-             "--local_crops_number", "0", "--out_dim", "64", "--batch_size_per_gpu", "16", "--num_workers", "0",
-             "--report", "false"],
+    "timm": ["--arch", "resnet10t", "--stem", "standard", "--mode", "simpool", "--img_size", "32",
+             "--local_crops_size", "32", "--local_crops_number", "0", "--out_dim", "64", "--batch_size_per_gpu", "16",
+             "--num_workers", "0", "--report", "false"],
 }  # fmt: skip
 
 

@@ -50,7 +50,7 @@ _VIT = [
     "--drop_path_rate", "0.2", "--optimizer", "adamw", "--mode", "simpool",
 ]  # fmt: skip
 _RESNET = [
-    "--arch", "resnet18", "--mode", "simpool", "--img_size", "48", "--local_crops_size", "40",
+    "--arch", "resnet18", "--mode", "simpool", "--img_size", "64", "--local_crops_size", "40",
     "--local_crops_number", "1", "--drop_path_rate", "0", "--use_bn_in_head", "true", "--optimizer", "lars",
     "--lr", "4", "--clip_grad", "0",
 ]  # fmt: skip

@@ -12,8 +12,8 @@ VIT = [
     "--model_ema_decay", "0.8", *COMMON,
 ]  # fmt: skip
 RESNET = [
-    "--arch", "resnet18", "--mode", "simpool", "--img_size", "32", "--batch_size_per_gpu", "16", "--lr", "0.01",
-    "--warmup_epochs", "0", *COMMON,
+    "--arch", "resnet18", "--stem", "standard", "--mode", "simpool", "--img_size", "32", "--batch_size_per_gpu", "16",
+    "--lr", "0.01", "--warmup_epochs", "0", *COMMON,
 ]  # fmt: skip
 
 

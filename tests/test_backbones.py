@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import backbones
-from backbones import build_backbone, resolve_gamma
+from backbones import build_backbone, resolve_gamma, resolve_stem
 from tests.reference import tensor
 
 # tokens; tokens with several prefix tokens; a map; a channels-last map; a map whose norm is in the head
@@ -127,6 +127,45 @@ def test_drop_path_reaches_the_blocks(arch):
 def test_resolve_gamma(arch, gamma, resolved):
     """auto is the family's exponent, a number itself, None and its spelling none."""
     assert resolve_gamma(arch, gamma) == resolved
+
+
+@pytest.mark.parametrize(
+    ("arch", "stem", "size", "resolved"),
+    [
+        ("resnet18", "auto", 63, "small"), ("resnet18", "auto", 64, "standard"),
+        ("resnet50", "auto", (32, 96), "small"), ("resnet18", "standard", 32, "standard"),
+        ("resnet18", "small", 224, "small"), ("vit_tiny", "auto", 32, "standard"),
+        ("convnext_tiny", "auto", 32, "standard"), ("vit_tiny", "standard", 32, "standard"),
+        ("resnet10t", "auto", 32, "small"), ("vgg11", "auto", 32, "standard"), ("test_vit", "auto", 32, "standard"),
+        ("efficientnet_b0", "auto", 32, "standard"), ("efficientnet_b0", "small", 32, "small"),
+    ],
+)  # fmt: skip
+def test_resolve_stem(arch, stem, size, resolved):
+    """auto is small for ResNets, ours and timm's, below 64 pixels if their stem can be; what was chosen stays."""
+    assert resolve_stem(arch, stem, size) == resolved
+
+
+@pytest.mark.parametrize(
+    ("arch", "stem", "message"),
+    [
+        ("vit_tiny", "small", "vit_tiny has no stem .*: leave stem out, or choose a smaller patch_size"),
+        ("convnext_tiny", "small", "convnext_tiny has no stem .*: leave stem out$"),
+        ("resnet18", "large", "unknown stem 'large'; choose standard, small or auto"),
+    ],
+)
+def test_stems_that_cannot_be(arch, stem, message):
+    """Patches have no stem, and there are only two."""
+    with pytest.raises(ValueError, match=message):
+        build_backbone(arch, img_size=32, stem=stem)
+
+
+def test_the_builders_stem_is_the_standard_one():
+    """Who does not ask gets the published model at any size, as before there was a choice; auto looks at the size."""
+    sizes = {
+        stem: build_backbone("resnet18", img_size=32, stem=stem).conv1.kernel_size for stem in ("auto", "standard")
+    }
+    assert sizes == {"auto": (3, 3), "standard": (7, 7)}
+    assert build_backbone("resnet18", img_size=32).conv1.kernel_size == (7, 7)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ import pytest
 import torch
 
 import eval_knn
+from evaluation.embedding import read_parts
+from evaluation.models import load_checkpoint_model
 from runtime.guards import InputError
 from tests.pretraining import VIT, rows, train
 from tests.reference import reference_checkpoint_path
@@ -170,7 +172,7 @@ def test_dino_scripts_find_their_functions(checkpoint, root, tmp_path):
 
     data = eval_knn.ReturnIndexDataset(root / "val", transform=transform)
     assert torch.tensor([label for _, label in data.samples]).equal(test_labels)
-    model = eval_knn.load_checkpoint_model(checkpoint).model
+    model = load_checkpoint_model(checkpoint).model
     loader = torch.utils.data.DataLoader(data, batch_size=8, sampler=[3, 1, 2, 0, *range(4, 32), 0])
     again = torch.nn.functional.normalize(eval_knn.extract_features(model, loader, use_cuda=False), dim=1)
     assert torch.allclose(again, test, atol=1e-5)
@@ -211,6 +213,42 @@ def test_embed_takes_all_images_of_a_divided_set(checkpoint, root, tmp_path):
         assert sum("/val/" in name for name in loaded["names"]) == 32
 
 
+def test_patches_are_embedded_in_parts_by_any_number_of_ranks(checkpoint, root, tmp_path):
+    """A folder of two ranks' parts holds what one file holds: an early block's patches, in half precision."""
+    flags = ("--pretrained_weights", checkpoint, "--data_path", root, "--tokens", "patches", "--layer", -2,
+             "--features_dtype", "fp16")  # fmt: skip
+    evaluate(*flags, "--embed", tmp_path / "all.npz")
+    run_ranks("eval_knn.py", *flags, "--embed", tmp_path / "parts", "--part_images", 50)
+    parts = list(read_parts(tmp_path / "parts"))
+    with np.load(tmp_path / "all.npz") as one:
+        assert one["features"].shape == (128, 16, 24)
+        assert one["features"].dtype == np.float16
+        for column in ("features", "names", "labels"):
+            joined = np.concatenate([part[column] for part in parts])
+            assert np.array_equal(joined, one[column])
+        assert json.loads(str(one["description"]))["layer"] == -2
+    assert [len(part["names"]) for part in parts] == [50, 50, 28]
+
+
+def test_embedded_features_are_drawn(checkpoint, root, tmp_path):
+    """--plot writes a picture beside the features."""
+    evaluate("--pretrained_weights", checkpoint, "--data_path", root, "--embed", tmp_path / "all.npz", "--plot", "pca")
+    assert (tmp_path / "all.pca.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_grid_is_searched_in_one_pass(checkpoint, root, tmp_path, capsys):
+    """--grid gives every k and temperature, each with the figure that it has alone, and the best as chosen on val."""
+    flags = ("--pretrained_weights", checkpoint, "--data_path", root, "--output_dir", tmp_path)
+    evaluate(*flags, "--nb_knn", 15, "--temperature", 0.2)
+    (alone,) = json.loads((tmp_path / "eval_knn.json").read_text())["results"]["knn"]
+    evaluate(*flags, "--grid")
+    found = json.loads((tmp_path / "eval_knn.json").read_text())["results"]
+    assert alone in found["knn"]
+    assert {row["k"] for row in found["knn"]} == {5, 10, 15, 20, 50, 96}  # 100 and 200 exceed the 96 training images
+    assert found["best_on_val"]["top1"] == max(row["top1"] for row in found["knn"])
+    assert "chosen on val itself" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -218,6 +256,12 @@ def test_embed_takes_all_images_of_a_divided_set(checkpoint, root, tmp_path):
         (["--embed", "{tmp}/out.txt"], "must end in .npz"),
         (["--dump_features", "{tmp}/file/features"], "--dump_features"),
         (["--temperature", "nan"], "temperature nan"),
+        (["--grid", "--nb_knn", "3"], "leave out --nb_knn"),
+        (["--tokens", "patches"], "is a setting of --embed"),
+        (["--embed", "{tmp}/a.npz", "--tokens", "patches", "--plot", "pca"], "one point per image"),
+        (["--embed", "{tmp}/parts", "--plot", "pca"], "not a folder"),
+        (["--embed", "{tmp}/a.npz", "--part_images", "5"], "is one file"),
+        (["--embed", "{tmp}/parts", "--part_images", "0"], "at least 1"),
     ],
 )
 def test_places_and_values_are_tried_before_anything_is_computed(
@@ -225,7 +269,7 @@ def test_places_and_values_are_tried_before_anything_is_computed(
 ):
     """What could not be written at the end is an error at the start: not one feature is extracted."""
     (tmp_path / "file").touch()
-    monkeypatch.setattr(eval_knn, "load", lambda args: pytest.fail("the model was loaded first"))
+    monkeypatch.setattr(eval_knn.collected, "load", lambda args: pytest.fail("the model was loaded first"))
     with pytest.raises(InputError, match=message):
         evaluate("--pretrained_weights", checkpoint, "--data_path", root, *(f.format(tmp=tmp_path) for f in flags))
 

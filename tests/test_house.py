@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = {
     "sp": 0, "torchfile": 0.1, "pretrained": 0.2, "runtime": 0.3,  # in this order
     "distill": 1, "optim": 1, "data": 1, "poolings": 1,
-    "pooled_backbone": 1.5, "vision_transformer": 2, "resnet_simpool": 2, "convnext_simpool": 2, "timm_backbone": 2,
+    "pooled_backbone": 1.5, "vision_transformer": 2, "resnet_simpool": 2, "convnext_simpool": 2, "timm_stem": 2,
+    "timm_backbone": 2,
     "backbones": 3, "portable": 3.5,
     "evaluation": 4, "timm_models": 4,
     "utils": 5, "training": 5, "exporting": 5,
@@ -22,7 +23,7 @@ LEVELS = {
     "export": 6, "hubconf": 6, "console": 7, "setup": 7,
     "benchmarks": 7, "experiments": 7, "run_scripts": 7, "examples": 7,
 }  # fmt: skip
-MODELS = ("vision_transformer", "resnet_simpool", "convnext_simpool", "timm_backbone")
+MODELS = ("vision_transformer", "resnet_simpool", "convnext_simpool", "timm_stem", "timm_backbone")
 READING = ("pretrained", "torchfile.read", "torchfile.archive", "torchfile.plain_pickle", "torchfile.safe")
 OPERATORS = (
     "base", "choose", "clusters", "efficient", "gates", "how", "multiple_instance", "otk", "probes", "queries",
@@ -161,7 +162,7 @@ def test_heavy_imports_wait():
 
     timm_models is imported by timm's users, to register names with it.
     """
-    heavy = r"\b(torchvision|timm|matplotlib|skimage|sklearn|onnx\w*|safetensors)\b"
+    heavy = r"\b(torchvision|timm|matplotlib|skimage|sklearn|umap|onnx\w*|safetensors)\b"
     for name, path in modules().items():
         if name.split(".")[0] in ("benchmarks", "run_scripts", "examples", "timm_models"):
             continue
@@ -179,7 +180,7 @@ def test_what_is_imported_is_required():
     required = {
         re.split(r"[><=]", line)[0].strip().lower() for line in (ROOT / "requirements.txt").read_text().splitlines()
     }
-    optional = {"submitit", "onnx", "onnxruntime", "safetensors", "setuptools"}
+    optional = {"submitit", "onnx", "onnxruntime", "safetensors", "setuptools", "umap"}
     known = set(GRAPH) | {name.split(".")[0] for name in GRAPH}
     for name, path in modules().items():
         for target in imports(path):

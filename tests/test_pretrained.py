@@ -41,6 +41,21 @@ def test_presets_are_recognised_by_their_shapes(name):
     assert (found.settings["arch"], found.unknown) == (name, ())
 
 
+@pytest.mark.parametrize("stem", ["standard", "small"])
+def test_the_stem_of_a_resnet(stem):
+    """Recorded, and where it is not, read from the first kernel; a record that contradicts it is refused."""
+    with torch.device("meta"):
+        weights = backbones.build_backbone("resnet18", stem=stem).state_dict()
+    other = "small" if stem == "standard" else "standard"
+    for content in (weights, {"teacher": weights, "config": {"arch": "resnet18"}}, {"teacher": weights, "args": {}}):
+        assert told(content).settings["stem"] == stem
+    assert told({"teacher": weights, "config": {"arch": "resnet18", "stem": stem}}).settings["stem"] == stem
+    with pytest.raises(ValueError, match=f"stem {other} but its weights have {stem}"):
+        told({"teacher": weights, "config": {"arch": "resnet18", "stem": other}})
+    with pytest.raises(ValueError, match="stem 'none', which is impossible"):
+        told({"teacher": weights, "config": {"arch": "resnet18", "stem": "none"}})
+
+
 @pytest.mark.parametrize("settings", [{}, {"embed_dim": 384, "depth": 2, "num_heads": 6}])
 def test_heads_are_asked_for_where_nothing_tells_them(settings):
     """Bare weights of a width or depth of no preset leave the number of heads unknown; a recorded one does not."""

@@ -43,6 +43,27 @@ def test_logits_equal_torchvision(block):
     torch.testing.assert_close(ours(x), theirs(x))
 
 
+def test_the_small_stem_is_the_usual_one():
+    """3x3, stride 1 and no max-pool under torchvision's names: its ResNet-18, changed so, gives the same logits."""
+    models = pytest.importorskip("torchvision.models")
+    theirs = models.resnet18(num_classes=5)
+    theirs.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+    theirs.maxpool = nn.Identity()
+    ours = resnets.resnet18(num_classes=5, stem="small")
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    x = tensor(1, (2, 3, 32, 32))
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+def test_the_small_stem_leaves_simpool_a_map():
+    """At 32 pixels the last map is 4x4; with the standard stem it is a single cell."""
+    x = tensor(1, (1, 3, 32, 32))
+    maps = {stem: small_resnet(stem=stem).eval().get_attention_map(x).shape for stem in resnets.STEMS}
+    assert maps == {"standard": (1, 1, 1, 1), "small": (1, 1, 4, 4)}
+    with pytest.raises(ValueError, match="unknown stem 'tiny'; choose standard or small"):
+        small_resnet(stem="tiny")
+
+
 @pytest.mark.parametrize("mode", ["official", "simpool"])
 @pytest.mark.parametrize("size", [(64, 64), (33, 100), (7, 7)])
 def test_any_size(mode, size):

@@ -123,6 +123,14 @@ def test_intermediate_features(name, photographs):
             model.forward_intermediates(photographs, **wrong)
 
 
+def test_strides_of_a_small_stem(photographs):
+    """feature_info tells those of the model that was built, not those of its name."""
+    model = create("simpool_resnet18", stem="small", features_only=True)
+    with torch.no_grad():
+        sizes = [feature.shape[-1] for feature in model(photographs)]
+    assert sizes == [SIZE // stride for stride in model.feature_info.reduction()] == [64, 64, 32, 16, 8]
+
+
 @pytest.mark.parametrize("name", QUICK)
 def test_features_only(name, photographs):
     """timm's wrapper gives the same features, with what follows the last one removed."""

@@ -20,7 +20,8 @@ from runtime.cli import (
 from runtime.guards import InputError, input_errors
 from runtime.saver import NEWEST
 from training import recipes
-from training.backbone import initial_settings
+from training.backbone import choose_stem, initial_settings
+from training.flags import FORMER_DEFAULTS
 from training.method import Method
 
 # Arguments that may change between two starts of one run, because they do not affect its mathematics. The number of
@@ -65,7 +66,7 @@ def _arguments_of(checkpoint: Path, method: Method) -> dict[str, Any]:
         raise InputError(f"--resume {checkpoint} records no arguments, so its run can't be continued")
     own = {"output_dir", "resume", "config", "replay", "dry_run", "init_from", "local_rank", "allow_changed_args"}
     own |= {"evaluate"}
-    return {key: value for key, value in saved.items() if key in _flags_of(method) - own}
+    return {key: value for key, value in {**FORMER_DEFAULTS, **saved}.items() if key in _flags_of(method) - own}
 
 
 def resolve(args: argparse.Namespace, method: Method, sources: dict[str, str] | None = None) -> argparse.Namespace:
@@ -93,6 +94,7 @@ def resolve(args: argparse.Namespace, method: Method, sources: dict[str, str] | 
         args.num_workers, sources["num_workers"] = min(10, hardware.cpu_count()), "cores, at most 10"
     cut_to_epochs(args, "warmup_epochs")
     check(args)
+    choose_stem(args)
     method.check(args)
     return args
 

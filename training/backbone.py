@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ import backbones
 import pretrained
 from poolings.choose import read_settings
 from runtime.guards import InputError, input_errors
+from training.flags import FORMER_DEFAULTS
 
-# The flags of the pooling, with their defaults: what a checkpoint from before they existed means.
-POOLING_DEFAULTS = {"use_beta": None, "pool_position": None, "pool_depth": 0, "pooling_args": None}
+_BY_SIZE = f"for images below {backbones.SMALL_IMAGES} pixels"
 
 
 def build_backbone(args: argparse.Namespace, **settings: Any) -> nn.Module:
@@ -40,12 +40,46 @@ def initial_settings(path: str, given: Collection[str]) -> dict[str, Any]:
     if missing:
         raise InputError(f"--init_from {path} does not tell {' or '.join(missing)}; give {' '.join(missing)}")
     settings = {key: value for key, value in found.settings.items() if key in pretrained.MODEL_KEYS}
+    settings.setdefault("stem", FORMER_DEFAULTS["stem"])
     if settings.get("mode", "official") != "official":
         settings.setdefault("pool_position", "before")  # of files from before there was a choice
     if "pooling_args" in settings:  # as the flag has them
         values = {k: v if isinstance(v, list | tuple) else [v] for k, v in settings["pooling_args"].items()}
         settings["pooling_args"] = [f"{key}={','.join(map(str, value))}" for key, value in values.items()]
     return {key: value for key, value in settings.items() if key not in (*given, "img_size")}
+
+
+def choose_stem(args: argparse.Namespace) -> None:
+    """Replace --stem auto by the stem of this architecture and image size. Raises InputError for an impossible one."""
+    asked = args.stem
+    try:
+        args.stem = backbones.resolve_stem(args.arch, asked, args.img_size)
+    except ValueError as error:
+        raise InputError(f"--stem {asked}: {error}") from error
+    if asked != "auto" or args.img_size >= backbones.SMALL_IMAGES or backbones.family(args.arch) != "resnet":
+        return
+    if args.stem == "small":
+        args.sources["stem"] = _BY_SIZE
+        args.notes.append(
+            f"images of {args.img_size} pixels: {args.arch} has a small stem, without stride or max-pooling; --stem "
+            "standard is the published one"
+        )
+    else:
+        args.notes.append(
+            f"images of {args.img_size} pixels: {args.arch} keeps its stem, which can't be made small; its last map "
+            "may be a single cell"
+        )
+
+
+def keep_stem(args: argparse.Namespace, begun_with: Mapping[str, Any]) -> None:
+    """Continue with the stem with which a run began if this one was chosen by the images' size alone.
+
+    begun_with: the arguments of the run that is continued; empty for a new run.
+    """
+    before = begun_with.get("stem", FORMER_DEFAULTS["stem"]) if begun_with else args.stem
+    if args.sources.get("stem") == _BY_SIZE and before != args.stem and before in backbones.STEMS:
+        args.stem, args.sources["stem"] = before, "as the run began"
+        args.notes = [note for note in args.notes if "has a small stem" not in note]
 
 
 def pooling_config(backbone: nn.Module) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -34,6 +35,7 @@ from runtime.saver import BEST, NEWEST, CheckpointSaver, find_checkpoint
 from runtime.tensorboard import TensorBoard
 from runtime.terminal import say
 from training import arguments
+from training.backbone import keep_stem
 from training.evaluate import evaluate_checkpoint
 from training.few_images import fit_to_few_images
 from training.images import open_data
@@ -90,7 +92,9 @@ def _locked(folder: Path) -> FolderLock:
 
 def _train_in(folder: Path, args: argparse.Namespace, method: Method, stop: StopRequest) -> int:
     train, val = open_data(args, method)
-    fit_to_few_images(args, len(train), on_main_process(lambda: begun_with(folder)))
+    begun = on_main_process(lambda: begun_with(folder))
+    keep_stem(args, begun)
+    fit_to_few_images(args, len(train), begun)
     method.fit(args, train)
     run = build(args, method, len(train))
     loop = Loop(run, method, train, val, stop)
@@ -126,7 +130,10 @@ def begun_with(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
-        return {}
+        content = None
+    if content is None and (folder / NEWEST).exists():  # a checkpoint alone, copied here to be continued
+        with contextlib.suppress(InputError):  # which `continue_run` tells
+            content = read_checkpoint(folder / NEWEST).get("args")
     return content if isinstance(content, dict) else {}
 
 

@@ -1,6 +1,6 @@
-"""Multi-crop views (two large crops of an image and several small ones) and the k-NN of such runs: flags and checks.
+"""Multi-crop views (one or two large crops of an image and several small ones) and the k-NN of such runs.
 
-Shared by the self-supervised methods.
+Flags and checks, shared by the self-supervised methods.
 """
 
 from __future__ import annotations
@@ -17,13 +17,24 @@ from training.flags import add_knn_flags
 
 
 def add_flags(group: argparse._ArgumentGroup) -> None:
-    """The flags of the crops and of the k-NN; recipes hold all their defaults except the size of local crops."""
+    """The flags of the crops, their colours and the k-NN; recipes hold the defaults of scales and of local crops."""
+    add_flag(group, "--global_crops_number", type=int, default=2, help="large crops per image, 1 or 2")
     add_flag(group, "--global_crops_scale", type=float, nargs=2,
              help="smallest and largest area of a global crop, as a fraction of the image's")  # fmt: skip
     add_flag(group, "--local_crops_number", type=int, help="small crops per image; 0 for none")
     add_flag(group, "--local_crops_scale", type=float, nargs=2,
              help="smallest and largest area of a local crop, as a fraction of the image's")  # fmt: skip
     add_flag(group, "--local_crops_size", type=int, help="side of the local crops in pixels; default 3/7 of --img_size")
+    spec = CropSpec()
+    add_flag(group, "--blur_prob", type=float, nargs=3, default=spec.blur,
+             help="probabilities of blur for the first global crop, the second one, and each local crop")  # fmt: skip
+    add_flag(group, "--solarize_prob", type=float, default=spec.solarize[1],
+             help="probability that the second global crop is solarized")  # fmt: skip
+    add_flag(group, "--jitter", type=float, nargs=4,
+             default=(spec.brightness, spec.contrast, spec.saturation, spec.hue),
+             help="strengths of brightness, contrast, saturation and hue in the colour jitter; 0 for none")  # fmt: skip
+    add_flag(group, "--jitter_prob", type=float, default=spec.jitter, help="probability of colour jitter for each crop")
+    add_flag(group, "--gray_prob", type=float, default=spec.gray, help="probability that a crop becomes gray")
     add_knn_flags(group)
 
 
@@ -37,6 +48,11 @@ def complete(args: argparse.Namespace) -> None:
     above_zero(args, "temperature")
     if any(k < 1 for k in args.nb_knn):
         raise InputError(f"--nb_knn {args.nb_knn}: every number of neighbours must be at least 1")
+    if args.global_crops_number == 1 and args.local_crops_number == 0:
+        raise InputError(
+            "--global_crops_number 1 with --local_crops_number 0 leaves no pair of views to compare; give 2, or local "
+            "crops"
+        )
     crop_spec(args)
 
 
@@ -47,13 +63,22 @@ def local_size(args: argparse.Namespace) -> int:
 
 
 def crop_spec(args: argparse.Namespace) -> CropSpec:
-    """The augmentation's settings. Raises InputError if the scales are invalid."""
+    """The augmentation's settings. Raises InputError for values that make no sense."""
+    brightness, contrast, saturation, hue = args.jitter
     return CropSpec(
         global_size=args.img_size,
         local_size=args.local_crops_size,
         global_scale=tuple(args.global_crops_scale),
         local_scale=tuple(args.local_crops_scale),
         local_number=args.local_crops_number,
-        global_number=getattr(args, "global_crops_number", 2),
+        global_number=args.global_crops_number,
         in_chans=args.in_chans,
+        jitter=args.jitter_prob,
+        brightness=brightness,
+        contrast=contrast,
+        saturation=saturation,
+        hue=hue,
+        gray=args.gray_prob,
+        blur=tuple(args.blur_prob),
+        solarize=(0.0, args.solarize_prob, 0.0),
     )

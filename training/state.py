@@ -12,7 +12,8 @@ from pretrained import MODEL_KEYS, NEWEST_FORMAT, POLICY_KEYS, without_prefix
 from runtime.guards import InputError
 from runtime.terminal import say
 from training import arguments
-from training.backbone import POOLING_DEFAULTS, pooling_config
+from training.backbone import pooling_config
+from training.flags import FORMER_DEFAULTS
 from training.method import Method
 from training.run import Run
 
@@ -98,7 +99,7 @@ def check_same_run(run: Run, method: Method, train: ImageSource, state: dict[str
 
 def _changes(run: Run, method: Method, train: ImageSource, state: dict[str, Any]) -> tuple[list[str], list[str]]:
     """What changed since the run was saved: changes that affect its mathematics, and those that don't."""
-    old, new = {**POOLING_DEFAULTS, **state["args"]}, arguments.saved(run.args, method)
+    old, new = {**FORMER_DEFAULTS, **state["args"]}, arguments.saved(run.args, method)
     old |= {key: state["config"].get(key) for key in ("global_batch", "data")}
     new |= {"global_batch": run.plan.global_batch, "data": train.fingerprint()}
     changed = {
@@ -115,7 +116,7 @@ def _listed(value: Any) -> Any:
 
 def replay_arguments(args: argparse.Namespace, content: dict[str, Any]) -> argparse.Namespace:
     """The arguments of a replay file's run, for one process on this device."""
-    saved = argparse.Namespace(**{**vars(args), **content["args"]})
+    saved = argparse.Namespace(**{**vars(args), **FORMER_DEFAULTS, **content["args"]})
     saved.device, saved.max_steps, saved.global_batch_size, saved.grad_accum = args.device, None, None, 1
     saved.fsdp = False
     if args.sources.get("data_path") == "flag":

@@ -1,5 +1,7 @@
 """Crops and the parameters of their colours: what is drawn, what is cut, and the distribution of the whole."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -209,12 +211,49 @@ def test_pillow_operations_under_dinos_names(files):
         ({"local_number": -1}, r"--local_crops_number -1"),
         ({"local_size": 0}, r"--local_crops_size 0"),
         ({"in_chans": 0}, r"--in_chans 0"),
+        ({"global_number": 3}, r"--global_crops_number 3"),
+        ({"blur": (0.5, 1.5, 0.0)}, r"--blur_prob 1.5: a probability is from 0 to 1"),
+        ({"solarize": (0.0, float("nan"), 0.0)}, r"--solarize_prob nan"),
+        ({"jitter": -0.1}, r"--jitter_prob -0.1"),
+        ({"gray": 2.0}, r"--gray_prob 2.0"),
+        ({"contrast": -0.4}, r"--jitter 0.4 -0.4 0.2 0.1: give the strengths"),
+        ({"brightness": float("inf")}, r"--jitter inf 0.4 0.2 0.1"),
+        ({"hue": 0.6}, r"--jitter 0.4 0.4 0.2 0.6: .* hue is at most 0.5"),
     ],
 )
 def test_a_spec_without_sense_is_an_input_error(change, message):
-    """Scales outside (0, 1] or reversed, negative counts and empty crops are refused by their flag."""
+    """Scales outside (0, 1], impossible counts, probabilities and strengths are refused by their flag."""
     with pytest.raises(InputError, match=message):
         CropSpec(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "columns"),
+    [
+        ({"blur": (0.0, 1.0, 0.3)}, {SIGMA}), ({"solarize": (0.0, 1.0, 0.0)}, {SOLARIZE}), ({"gray": 0.0}, {GRAY}),
+        ({"jitter": 0.0}, {BRIGHTNESS, CONTRAST, SATURATION, HUE}), ({"hue": 0.5}, {HUE}),
+        ({"contrast": 0.0}, {CONTRAST}),
+    ],
+)  # fmt: skip
+def test_a_probability_changes_what_it_names_and_no_other_draw(change, columns):
+    """Every operation has its own random number, so the crops and all other parameters stay bit for bit the same."""
+    draws = np.random.RandomState(0).rand(200, 4, _DRAWS)
+    spec = CropSpec(global_size=8, local_size=8, local_number=2)
+    before, after = (torch.cat(colour_parameters(draws, s)) for s in (spec, replace(spec, **change)))
+    changed = {column for column in range(before.shape[-1]) if not torch.equal(before[..., column], after[..., column])}
+    assert changed == columns
+
+
+def test_probabilities_of_zero_and_one_are_never_and_always():
+    """Of each kind of crop, in the order first global, second global, local."""
+    draws = np.random.RandomState(0).rand(100, 4, _DRAWS)
+    spec = CropSpec(8, 8, local_number=2, blur=(0.0, 1.0, 0.0), solarize=(0.0, 1.0, 0.0), gray=1.0, jitter=0.0)
+    colour = torch.cat(colour_parameters(draws, spec))  # (4, 100, P)
+    assert (colour[..., SIGMA] > 0).all(1).tolist() == [False, True, False, False]
+    assert (colour[..., SIGMA] == 0).all(1).tolist() == [True, False, True, True]
+    assert colour[..., SOLARIZE].mean(1).tolist() == [0, 1, 0, 0]
+    assert (colour[..., GRAY] == 1).all()
+    assert (colour[..., [BRIGHTNESS, CONTRAST, SATURATION]] == 1).all()
 
 
 @pytest.mark.parametrize("channels", [1, 4, 5])

@@ -49,6 +49,32 @@ def test_equals_the_sum_over_pairs():
     assert_close(loss_fn.terms(student, teacher, 2)[0], torch.stack(pairs).mean(), 1e-6)
 
 
+@pytest.mark.parametrize("views", [2, 4])
+def test_one_global_crop_is_compared_with_the_local_ones(views):
+    """The mean over the pairs (0, v > 0), in both forms; the student's own global crop gets no gradient."""
+    loss_fn = DINOLoss(16, views, 0.05, 0.05, 0, 1, nglobal=1)
+    loss_fn.apply_center(tensor(1, (1, 16)) * 0.1)
+    student, teacher = tensor(2, (views * 3, 16)).requires_grad_(), tensor(3, (3, 16))
+    q = ((teacher - loss_fn.center) / 0.05).softmax(-1)
+    pairs = [-(q * p.log_softmax(-1)).sum(-1).mean() for p in (student / 0.1).chunk(views)[1:]]
+    wanted = torch.stack(pairs).mean()
+    (gradient,) = torch.autograd.grad(wanted, student)
+    assert not gradient[:3].any()
+    loss, _, kl, total = loss_fn.step_terms(student, teacher, 0)
+    torch.testing.assert_close(loss, wanted)
+    torch.testing.assert_close(torch.autograd.grad(loss, student)[0], gradient)
+    torch.testing.assert_close(kl, wanted.detach() - mean_entropy(q))
+    torch.testing.assert_close(total, teacher.sum(0, keepdim=True))
+    assert torch.equal(loss_fn.terms(student, teacher, 0)[0], loss)
+
+
+@pytest.mark.parametrize(("views", "nglobal", "message"), [(1, 1, "ncrops is 1"), (5, 3, "nglobal is 3")])
+def test_crops_that_leave_nothing_to_compare(views, nglobal, message):
+    """Two views at least, and one or two for the teacher."""
+    with pytest.raises(ValueError, match=message):
+        DINOLoss(8, views, 0.04, 0.04, 0, 1, nglobal=nglobal)
+
+
 def test_underflowed_probabilities_give_no_nan():
     """A teacher probability of exactly 0 counts as 0 in entropy and KL."""
     loss_fn = DINOLoss(8, 2, 0.001, 0.001, 0, 1)

@@ -5,20 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
 
-from data.datasets import open_images
-from evaluation import features, stored_features
+from evaluation import stored_features
 from runtime.guards import InputError
-from tests.evaluation.test_features import SETTINGS, Pixels
-from tests.small_images import small_root
-
-
-@pytest.fixture(scope="module")
-def root(cifar10, tmp_path_factory):
-    return small_root(cifar10, tmp_path_factory.mktemp("root"))
 
 
 def stored():
@@ -64,25 +55,6 @@ def test_mixed_up_or_damaged_dumps_are_refused(tmp_path):
         action(copy / name)
         with pytest.raises(InputError, match=message):
             stored_features.load_features(copy, {})
-
-
-def test_embeddings_carry_names_with_and_without_labels(root, tmp_path):
-    """npz and npy + csv hold the same rows, with the file of each, for labelled and unlabelled images."""
-    source = open_images(root, "val")
-    array, _ = features.extract(Pixels(), source, **SETTINGS)
-    stored_features.write_embeddings(tmp_path / "a.npz", array, source, {"checkpoint": "x"})
-    files = stored_features.write_embeddings(tmp_path / "b.npy", array, source, {"checkpoint": "x"})
-    with np.load(tmp_path / "a.npz") as loaded:
-        assert np.array_equal(loaded["features"], np.load(tmp_path / "b.npy"))
-        assert loaded["names"].tolist() == [source.name(i) for i in range(len(source))]
-        assert np.array_equal(loaded["labels"], source.labels)
-        assert json.loads(str(loaded["description"])) == {"checkpoint": "x"}
-    rows = (tmp_path / "b.csv").read_text().splitlines()
-    assert rows[0] == "index,name,label,class"
-    assert len(rows) == len(source) + 1
-    assert [f.suffix for f in files] == [".npy", ".csv", ".json"]
-    with pytest.raises(InputError, match=r"\.npz"):
-        stored_features.write_embeddings(tmp_path / "c.txt", array, source, {})
 
 
 @pytest.mark.parametrize("content", [b"[]", b"null", b"{", b"\xff\xfe", b'{"classes": 3}', b"[" * 100_000])

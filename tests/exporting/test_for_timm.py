@@ -25,7 +25,7 @@ MODELS = {
     "timm_vit": {"arch": "test_vit", "img_size": 64},
     "timm_resnet": {"arch": "resnet10t", "img_size": 32},
     "simpool_vit": {**VIT, "mode": "simpool", "gamma": 1.5, "pos_embed_policy": "reference"},
-    "simpool_resnet": {"arch": "resnet18", "mode": "simpool", "gamma": None, "img_size": 32},
+    "simpool_resnet": {"arch": "resnet18", "mode": "simpool", "gamma": None, "img_size": 32, "stem": "small"},
     "simpool_convnext": {"arch": "convnext_tiny", "mode": "simpool", "value_min": "batch", "img_size": 32},
 }
 QUICK = ("vit", "resnet", "convnext", "simpool_vit", "simpool_resnet")
@@ -138,6 +138,7 @@ def test_what_timm_cannot_take_is_one_line(tmp_path, monkeypatch):
     for settings, message in (
         ({**VIT, "mode": "gem"}, "timm has no model for vit_small pooled by gem; export it as safetensors or torch"),
         ({"arch": "resnet10t", "mode": "simpool", "img_size": 32}, "no model for resnet10t pooled by simpool"),
+        ({"arch": "resnet18", "stem": "small", "img_size": 32}, "no model for resnet18 with a small stem"),
     ):
         checkpoint = labelled_checkpoint(tmp_path / "c.pth", **settings)
         with pytest.raises(InputError, match=message) as caught:

@@ -15,9 +15,7 @@ MUTATIONS = [
     *of_file(
         "main_dino.py",
         ("teacher_momentum_early", '["teacher_momentum"][step]', '["teacher_momentum"][min(step + 1, 9)]', PLAIN),
-        ("teacher_momentum_never_rises", "(args.momentum_teacher, 1.0,",
-         "(args.momentum_teacher, args.momentum_teacher,", PLAIN),
-        ("center_over_b", "center=2 * run.plan.batch_size", "center=run.plan.batch_size", PLAIN),
+        ("center_over_b", "center=run.loss.nglobal * run", "center=run", PLAIN),
         ("center_not_moved", 'apply_center(means["center"]', "apply_center(run.loss.center", PLAIN),
         ("temperature_by_step", "teacher_output, epoch)", "teacher_output, step)", PLAIN),
         ("last_layer_not_frozen", "run.args.freeze_last_layer)", "0)", PLAIN),

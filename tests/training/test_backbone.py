@@ -111,6 +111,66 @@ def test_a_changed_pooling_is_another_run(small, tmp_path):
     assert train(*flags, 2) == 0
 
 
+SMALL_RESNET = [
+    "--arch", "resnet10t", "--mode", "simpool", "--img_size", "16", "--local_crops_number", "0", "--out_dim", "64",
+    "--batch_size_per_gpu", "8", "--num_workers", "0", "--matmul_precision", "highest", "--report", "false",
+    "--eval_every", "0", "--optimizer", "sgd", "--device", "cpu",
+]  # fmt: skip
+
+
+def test_small_images_have_a_small_stem(small, tmp_path, capsys):
+    """Chosen below 64 pixels, said on the first screen, recorded, and read back by whoever builds the model."""
+    flags = [*SMALL_RESNET, "--data_path", small, "--max_steps"]
+    assert train(*flags, 1, "--output_dir", tmp_path) == 0
+    said = capsys.readouterr().out
+    assert "stem small" in said
+    assert "images of 16 pixels: resnet10t has a small stem" in said
+    content = read_checkpoint(tmp_path / "checkpoint.pth")
+    assert (content["config"]["stem"], content["args"]["stem"]) == ("small", "small")
+    loaded = utils.load_checkpoint_model(tmp_path / "checkpoint.pth")
+    assert loaded.model.get_attention_map(torch.zeros(1, 3, 16, 16)).shape == (1, 1, 2, 2)
+    assert train(*flags, 2, "--output_dir", tmp_path) == 0
+    with pytest.raises(InputError, match="stem: small -> standard"):
+        train(*flags, 3, "--output_dir", tmp_path, "--stem", "standard")
+    args = main_dino.parse_arguments(["--init_from", str(tmp_path / "checkpoint.pth"), "--data_path", "demo"])
+    assert (args.stem, args.sources["stem"]) == ("small", "init_from")
+
+
+LATER = [pytest.param(left, marks=pytest.mark.full) for left in ("config.json", "--resume")]
+
+
+@pytest.mark.parametrize("left", ["the checkpoint alone", *LATER])
+def test_a_run_from_before_there_was_a_choice_goes_on(small, tmp_path, left):
+    """Neither its arguments nor its configuration record a stem: it ends in the bits of the standard one."""
+    flags = [*SMALL_RESNET, "--data_path", small, "--max_steps"]
+    assert train(*flags, 4, "--output_dir", tmp_path / "whole", "--stem", "standard") == 0
+    before, after = tmp_path / "before", tmp_path / "before"
+    assert train(*flags, 2, "--output_dir", before, "--stem", "standard") == 0
+    content = read_checkpoint(before / "checkpoint.pth")
+    del content["args"]["stem"], content["config"]["stem"]
+    for file in before.glob("checkpoint*.pth"):
+        file.unlink()
+    save_checkpoint(content, before / "checkpoint.pth")
+    (before / "config.json").write_text(json.dumps(content["args"]))
+    if left == "the checkpoint alone":
+        (before / "config.json").unlink()
+    if left == "--resume":
+        after = tmp_path / "after"
+        assert train("--resume", before / "checkpoint.pth", "--max_steps", 4, "--output_dir", after) == 0
+    else:
+        assert train(*flags, 4, "--output_dir", after) == 0
+    assert_equal_states(tmp_path / "whole", after)
+
+
+def test_a_stem_that_cannot_be_is_refused():
+    """One line with the flag, before a --dry_run too; a ResNet whose stem has no strides keeps it, and that is said."""
+    with pytest.raises(InputError, match="--stem small: vit_small has no stem of strided convolutions"):
+        main_dino.parse_arguments([*VIT, "--data_path", "demo", "--stem", "small"])
+    args = main_dino.parse_arguments(["--arch", "vgg11", "--img_size", "32", "--data_path", "demo"])
+    assert args.stem == "standard"
+    assert any("vgg11 keeps its stem" in note for note in args.notes)
+
+
 def test_the_gather_of_ge_is_no_reason_to_refuse_bf16(small, tmp_path):
     """A pooling computes in float32, so its strided convolutions of one-pixel maps have whole gradients."""
     flags = ["--mode", "ge", "--amp", "bf16", "--device", "cpu", "--max_steps", 1, "--eval_every", 0]
