@@ -35,7 +35,8 @@ CALLS = {
     "simpool_vit": 'timm.create_model("simpool_vit_small_patch8_224", checkpoint_path="FILE", num_classes=0, '
     "img_size=32, embed_dim=24, depth=2, num_heads=2, gamma=1.5)",
     "resnet": 'timm.create_model("resnet18", checkpoint_path="FILE", num_classes=0, layers=(2, 2, 2, 1))',
-    "simpool_resnet": 'timm.create_model("simpool_resnet18", checkpoint_path="FILE", num_classes=0, gamma=\'none\')',
+    "simpool_resnet": 'timm.create_model("simpool_resnet18", checkpoint_path="FILE", num_classes=0, '
+    "stem='small', gamma='none')",
 }
 
 
