@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -43,4 +43,7 @@ def get_sha() -> str:
 
 def _installed() -> str:
     """The version of the installed package, if this code is that package's."""
-    return f"simpool-dino {version('simpool-dino')}, installed" if __name__.startswith("simpool_dino.") else ""
+    try:
+        return f"simpool-dino {version('simpool-dino')}, installed" if __name__.startswith("simpool_dino.") else ""
+    except PackageNotFoundError:
+        return ""
