@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint, settings = prepare.features(loaded, images), settings_of(loaded)
     if args.half:
         prepare.round_to_half(loaded.model)
-        classifier = classifier and prepare.Classifier(*(value.half().float() for value in classifier))
+        classifier = classifier and classifier.rounded()
     expected = prepare.features(loaded, images)
     if args.format in (*GRAPHS, "timm") or size != native:
         prepare.bake_positions(loaded, size)
@@ -166,11 +166,15 @@ class Exported:
     expected: Tensor  # their features, before positions were baked, (4, D)
     mean_std: Sequence[Sequence[float]]
 
+    def results(self) -> Tensor:
+        """What the model gives for the photographs: with a classifier logits, else features."""
+        return self.expected if self.classifier is None else self.classifier.logits(self.expected)
+
 
 def write_weights(what: Exported, args: argparse.Namespace, output: Path) -> tuple[float, dict[str, Any]]:
-    """Write weights and settings, and read them back; returns the largest difference of features, which must be 0.
+    """Write weights and settings, and read them back; returns the largest difference of the results, which must be 0.
 
-    Raises RunStopped, and leaves no file, if the model read back gives other features.
+    Raises RunStopped, and leaves no file, if the model read back gives others.
     """
     loaded, weights = what.loaded, what.loaded.model.state_dict()
     if what.classifier is not None:
@@ -185,7 +189,8 @@ def write_weights(what: Exported, args: argparse.Namespace, output: Path) -> tup
         else:
             save_checkpoint({"state_dict": weights, "config": config, "epoch": loaded.epoch}, temporary)
         with torch.no_grad():
-            differences.append((load(temporary)(what.images) - what.expected).abs().max().item())
+            model = load(temporary, classifier=what.classifier is not None)
+            differences.append((model(what.images) - what.results()).abs().max().item())
         # Read back, the weights are the same bits; resampled positions alone may be added in another order.
         _check_difference(differences[-1], output, "the model read back differs")
 
@@ -207,7 +212,7 @@ def write_timm(what: Exported, args: argparse.Namespace, output: Path) -> tuple[
         named = temporary.rename(temporary.with_name(f"{temporary.name}{output.suffix}"))  # timm looks at the suffix
         try:
             for_timm.write(named, weights, _is_safetensors(args, output))
-            differences.append(for_timm.difference(named, target, what.images, what.expected, what.classifier))
+            differences.append(for_timm.difference(named, target, what.images, what.results()))
         finally:
             named.rename(temporary)
         _check_difference(differences[-1], output, "timm's numbers differ")

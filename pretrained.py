@@ -54,13 +54,8 @@ _CONVNEXTS = {
     (27, 256): "convnext_xlarge",
 }
 MASK_TOKEN = "masked_embed"  # of iBOT's and AttMask's students; their teachers and evaluations have none
-_LEFT_OVER = (
-    "head.",
-    "fc.",
-    MASK_TOKEN,
-    "mask_token",
-    "num_batches",
-)  # a classifier, and the mask token (also DINOv2's)
+# What a file may have and our model lacks: a classifier, and a mask token, DINOv2's too.
+_LEFT_OVER = ("head.", "fc.", MASK_TOKEN, "mask_token", "num_batches")
 _SCALED = (("ls1", "attn.proj"), ("ls2", "mlp.fc2"))  # of a block: a layer scale, and the layer that it follows
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import pretrained
 from data.loader import normalize
@@ -25,6 +26,14 @@ class Classifier(NamedTuple):
 
     weight: Tensor  # (C, D)
     bias: Tensor  # (C,)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """(B, D) -> (B, C)"""
+        return F.linear(features, self.weight, self.bias)
+
+    def rounded(self) -> Classifier:
+        """With the numbers that float16 has. Raises InputError for one that it cannot hold."""
+        return Classifier(*(_rounded(value, f"the classifier's {name}") for name, value in self._asdict().items()))
 
 
 def classifier_of(
@@ -91,10 +100,14 @@ def round_to_half(model: nn.Module) -> None:
     """
     for name, value in model.state_dict().items():
         if value.is_floating_point():
-            rounded = value.half()
-            if not torch.isfinite(rounded).all():
-                raise InputError(f"--half: {name} has numbers that float16 cannot hold; leave --half out")
-            value.copy_(rounded)
+            value.copy_(_rounded(value, name))
+
+
+def _rounded(value: Tensor, name: str) -> Tensor:
+    rounded = value.half()
+    if not torch.isfinite(rounded).all():
+        raise InputError(f"--half: {name} has numbers that float16 cannot hold; leave --half out")
+    return rounded.to(value.dtype)
 
 
 def features(loaded: LoadedModel, images: Tensor) -> Tensor:

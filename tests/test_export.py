@@ -273,7 +273,7 @@ def test_a_file_that_reads_back_differently_is_not_kept(tmp_path, monkeypatch):
     """The comparison on photographs decides: the program ends with code 1, and nothing lies under the name."""
     checkpoint = tiny_checkpoint(tmp_path / "c.pth")
     other = portable.load(tiny_checkpoint(tmp_path / "d.pth", seed=1))
-    monkeypatch.setattr(export, "load", lambda path: other)
+    monkeypatch.setattr(export, "load", lambda path, classifier: other)
     with pytest.raises(RunStopped, match="nothing was written") as caught:
         run(checkpoint, "torch", tmp_path / "out" / "model.pt")
     assert caught.value.exit_code == 1
