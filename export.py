@@ -219,7 +219,8 @@ def write_timm(what: Exported, args: argparse.Namespace, output: Path) -> tuple[
 
     with input_errors():
         write_atomic(output, write)
-    return differences[-1], {"call": target.call(output.name)}
+    config = target.hub_config(tuple(what.images.shape[-2:]), what.mean_std)
+    return differences[-1], {"call": target.call(output.name), "hub": config}
 
 
 def write_graph(what: Exported, args: argparse.Namespace, output: Path) -> tuple[float, dict[str, Any]]:

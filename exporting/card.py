@@ -20,6 +20,7 @@ from runtime.reproduce import get_sha
 from runtime.terminal import say
 
 CONFIG, CARD, README = "config.json", "MODEL_CARD.md", "README.md"
+HUB_WEIGHTS = "model.safetensors"  # the file that the Hub's readers look for
 _WRITER = "simpool-dino export"
 _TRAINING = ("recipe", "epochs", "global_batch_size", "batch_size_per_gpu", "lr", "weight_decay", "seed", "data_path")
 _OURS_FOR_TIMM = """
@@ -116,7 +117,7 @@ def write_beside(
     size = settings.get("img_size") or 224
     config = {
         "written_by": _WRITER,
-        "architecture": settings["arch"],
+        "architecture": settings["arch"],  # or the name by which the Hub's reader of these weights knows it
         "num_features": loaded.model.num_features,
         "settings": dict(settings),
         "preprocessing": {"img_size": size, "mean": list(mean_std[0]), "std": list(mean_std[1]), "range": "0 to 1"},
@@ -124,6 +125,7 @@ def write_beside(
         "checkpoint": Path(loaded.path).name,
         "checkpoint_sha256": loaded.sha256,
         "files": files,
+        **files.get(HUB_WEIGHTS, {}).get("hub", {}),
     }
     text = card(config, content, evaluations(Path(loaded.path).parent, loaded.sha256))
     digest = hashlib.sha256(text.encode()).hexdigest()
@@ -172,13 +174,13 @@ def card(config: Mapping[str, Any], content: Mapping[str, Any], measured: Sequen
         "pipeline_tag: image-feature-extraction",
         "tags:",
         "- image-feature-extraction",
-        f"- {config['architecture']}",
+        f"- {settings['arch']}",
         *([f"- {mode}"] if mode != "official" else []),
         "---",
     ]
     size = config["preprocessing"]["img_size"]
     what = [
-        f"# {config['architecture']}, pooled by {'its own pooling' if mode == 'official' else mode}",
+        f"# {settings['arch']}, pooled by {'its own pooling' if mode == 'official' else mode}",
         f"An image backbone: photographs in, one vector of {config['num_features']} numbers each. "
         f"Its own image size is {size}; pixels from 0 to 1 are normalised by mean {_numbers(config, 'mean')} and "
         f"standard deviation {_numbers(config, 'std')}.",

@@ -6,7 +6,7 @@ An official backbone is a model of timm's own. One pooled by SimPool has a name 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,13 @@ class Target:
         """How a user creates the model with the weights of a file."""
         settings = "".join(f", {key}={value!r}" for key, value in self.settings.items())
         return f'timm.create_model("{self.name}", checkpoint_path="{file}"{settings})'
+
+    def hub_config(self, size: tuple[int, int], mean_std: Sequence[Sequence[float]]) -> dict[str, Any]:
+        """What timm reads from config.json next to model.safetensors, for `local-dir:FOLDER` and `hf-hub:NAME`."""
+        preprocessing = {"input_size": [self.settings.get("in_chans", 3), *size], "interpolation": "bicubic"}
+        preprocessing |= {"mean": list(mean_std[0]), "std": list(mean_std[1])}
+        preprocessing["num_classes"] = self.settings["num_classes"]
+        return {"architecture": self.name, "model_args": self.settings, "pretrained_cfg": preprocessing}
 
 
 def target_of(loaded: LoadedModel, classifier: Classifier | None) -> Target:

@@ -96,6 +96,26 @@ def test_a_classifier_travels_along(tmp_path, name):
         assert torch.allclose(created(call, tmp_path / "out")(images), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", [pytest.param("vit", marks=pytest.mark.full), "simpool_vit"])
+def test_a_folder_in_the_hubs_layout_is_timms(tmp_path, name):
+    """Next to model.safetensors lies what timm asks of a model's folder, also after another format joined it."""
+    import timm
+
+    import timm_models  # noqa: F401
+
+    labelled = labelled_checkpoint(tmp_path / "c.pth", **MODELS[name])
+    run(labelled, tmp_path / "hub" / "model.safetensors")
+    export.main(
+        ["--pretrained_weights", str(labelled), "--format", "torch", "--output", str(tmp_path / "hub" / "m.pt")]
+    )
+    images = photographs(MODELS[name])
+    with torch.no_grad():
+        model = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
+        assert torch.allclose(model(images), portable.load(labelled, classifier=True)(images), atol=1e-5)
+    assert list(model.pretrained_cfg["input_size"]) == [3, 32, 32]
+    assert "# vit_small, pooled by" in (tmp_path / "hub" / "README.md").read_text()
+
+
 @pytest.mark.full
 def test_timm_alone_reads_an_official_model(tmp_path):
     """Without this code on the path: the name, the file and num_classes=0 are enough, but for sizes of our own."""
