@@ -19,8 +19,8 @@ def test_every_setting_has_a_row(capsys, monkeypatch):
         return measure(setting, *args)
 
     monkeypatch.setattr(throughput, "measure", out_of_memory_at_first)
-    flags = ["--arch", "vit_tiny", "--precision", "bf16", "fp32", "--batch_size", "2", "--steps", "1", "--device", "cpu",
-             "--num_workers", "0", "--flags", TINY]  # fmt: skip
+    flags = ["--arch", "vit_tiny", "--precision", "bf16", "fp32", "--batch_size", "2", "--steps", "1",
+             "--device", "cpu", "--num_workers", "0", "--flags", TINY]  # fmt: skip
     assert throughput.main(flags) == 0
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| vit_tiny")]
     assert rows[0][4] == "does not fit"
