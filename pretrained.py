@@ -7,7 +7,8 @@ Layouts that are read:
 
     {student, teacher, ..., config}     ours; `config` records every setting
     {student, teacher, ..., args}       DINO, SimPool, iBOT and AttMask as published; `args` are their flags
-    {"state_dict": weights}, {"model": weights}, or the weights alone
+    {"state_dict": weights}, {"model": weights}, or the weights alone; ours, torchvision's, or a plain ViT's as timm and
+                                        DINOv2 name them, whose layer scale becomes part of the layer before it
     an export in torch's format (as ours, with `state_dict`) or safetensors', whose header holds `config`
 
 A setting comes from our `config`, else from the published `args`, else from the names and shapes of the weights. What
@@ -53,7 +54,9 @@ _CONVNEXTS = {
     (27, 256): "convnext_xlarge",
 }
 MASK_TOKEN = "masked_embed"  # of iBOT's and AttMask's students; their teachers and evaluations have none
-_LEFT_OVER = ("head.", "fc.", MASK_TOKEN, "num_batches")  # a classifier, and the mask token
+# What a file may have and our model lacks: a classifier, and a mask token, DINOv2's too.
+_LEFT_OVER = ("head.", "fc.", MASK_TOKEN, "mask_token", "num_batches")
+_SCALED = (("ls1", "attn.proj"), ("ls2", "mlp.fc2"))  # of a block: a layer scale, and the layer that it follows
 
 
 @dataclass
@@ -107,7 +110,8 @@ def find_backbone(
         weights = {
             name.removeprefix("backbone."): value for name, value in weights.items() if name.startswith("backbone.")
         }
-    return {_current_name(name): value for name, value in weights.items() if ".aux_bn." not in name}, notes
+    named = {_current_name(name): value for name, value in weights.items() if ".aux_bn." not in name}
+    return without_layer_scale(named), notes
 
 
 def find_classifier(
@@ -124,6 +128,25 @@ def find_classifier(
         if weight is not None and bias is not None and weight.shape == (len(bias), width):
             return weight.float(), bias.float()
     return None
+
+
+def without_layer_scale(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A ViT's weights with each layer scale multiplied into the layer that it follows: the same function without it.
+
+    A scale that does not fit stays, for `check_fit` to name.
+    """
+    folded = dict(weights)
+    for name, gamma in weights.items():
+        for scale, layer in _SCALED:
+            block = name.removesuffix(f"{scale}.gamma")
+            weight, bias = (weights.get(f"{block}{layer}.{part}") for part in ("weight", "bias"))
+            if block == name or weight is None or weight.ndim != 2 or gamma.shape != weight.shape[:1]:
+                continue
+            del folded[name]
+            folded[f"{block}{layer}.weight"] = weight * gamma[:, None]
+            if bias is not None:
+                folded[f"{block}{layer}.bias"] = bias * gamma
+    return folded
 
 
 def without_prefix(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -156,7 +179,11 @@ def _tensors(mapping: Any) -> dict[str, Tensor]:
 
 
 def _current_name(name: str) -> str:
-    """Today's name for one of an older SimPool file, at the top level only (`attn.` also occurs inside every block)."""
+    """Today's name for one of an older SimPool file, at the top level only (`attn.` also occurs inside every block).
+
+    DINOv2 trains blocks in chunks, blocks.CHUNK.BLOCK, in which a block keeps its number.
+    """
+    name = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name)
     name = re.sub(r"^norm_patches\.", "simpool.norm_patches.", name)
     name = re.sub(r"^attn\.(wq|wk|beta)\b", r"simpool.\1", name)
     return re.sub(r"^norm_output\.", "norm.", name)

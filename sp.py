@@ -29,6 +29,7 @@ Shape letters: B batch, N positions (tokens or H*W), D width, h heads, d = D / h
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -103,7 +104,7 @@ class SimPool(nn.Module):
         """
         tokens = self._as_tokens(x)
         with _no_autocast(x.device.type):
-            pooled, attention = _Pool.apply(
+            inputs = (
                 tokens,
                 self.norm_patches.weight,
                 self.norm_patches.bias,
@@ -113,6 +114,7 @@ class SimPool(nn.Module):
                 self.wk.bias,
                 _Settings(self.num_heads, self.scale, self.gamma, self.value_min, self.norm_patches.eps),
             )
+            pooled, attention = _without_backward(*inputs) if torch.jit.is_tracing() else _Pool.apply(*inputs)
             if self.beta is not None:
                 pooled = pooled + self.beta.to(pooled.dtype)
         pooled = pooled.to(x.dtype)
@@ -252,8 +254,18 @@ class _Pool(torch.autograd.Function):
         return grad_x, grad_norm_weight, grad_norm_bias, grad_wq, grad_bq, grad_wk, grad_bk, None
 
 
+def _without_backward(*inputs) -> tuple[Tensor, Tensor]:
+    """_Pool's forward for TorchScript, whose graphs can't call back into Python."""
+    return _Pool.forward(SimpleNamespace(save_for_backward=lambda *tensors: None), *inputs)
+
+
 def _groups(x: Tensor, settings: _Settings) -> list[slice]:
-    """Slices of the batch; a single one under torch.compile, which fuses that better, and for a batch-wide minimum."""
+    """Slices of the batch; a single one under torch.compile, which fuses that better, and for a batch-wide minimum.
+
+    A graph that TorchScript traces has one too: it must serve any number of images.
+    """
+    if torch.jit.is_tracing():
+        return [slice(None)]
     batch, positions, dim = x.shape
     if settings.value_min == "batch" or torch.compiler.is_compiling():
         return [slice(0, batch)]

@@ -20,8 +20,12 @@ from runtime.reproduce import get_sha
 from runtime.terminal import say
 
 CONFIG, CARD, README = "config.json", "MODEL_CARD.md", "README.md"
+HUB_WEIGHTS = "model.safetensors"  # the file that the Hub's readers look for
 _WRITER = "simpool-dino export"
 _TRAINING = ("recipe", "epochs", "global_batch_size", "batch_size_per_gpu", "lr", "weight_decay", "seed", "data_path")
+_OURS_FOR_TIMM = """
+import timm_models  # a file of the code that wrote this one; it registers the name
+"""
 _LOADING = {
     "safetensors": """```python
 import portable  # a file of the code that wrote this one
@@ -45,6 +49,21 @@ import onnxruntime
 session = onnxruntime.InferenceSession("{file}")
 {outputs} = session.run(None, {{"images": images}})  # images float32 (B, {channels}, {height}, {width_px}), any B
 ```""",
+    "timm": """```python
+import timm
+{imports}
+model = {call}.eval()
+```
+
+{width} features per image, or logits if `num_classes` is not 0.""",
+    "torchscript": """```python
+import torch
+
+model = torch.jit.load("{file}")
+{outputs} = model(images)  # images float32 (B, {channels}, {height}, {width_px}), any B
+```
+
+A file of this format can run code when it is loaded; take it only from people you trust.""",
     "torch_export": """```python
 import torch
 
@@ -98,7 +117,7 @@ def write_beside(
     size = settings.get("img_size") or 224
     config = {
         "written_by": _WRITER,
-        "architecture": settings["arch"],
+        "architecture": settings["arch"],  # or the name by which the Hub's reader of these weights knows it
         "num_features": loaded.model.num_features,
         "settings": dict(settings),
         "preprocessing": {"img_size": size, "mean": list(mean_std[0]), "std": list(mean_std[1]), "range": "0 to 1"},
@@ -106,6 +125,7 @@ def write_beside(
         "checkpoint": Path(loaded.path).name,
         "checkpoint_sha256": loaded.sha256,
         "files": files,
+        **files.get(HUB_WEIGHTS, {}).get("hub", {}),
     }
     text = card(config, content, evaluations(Path(loaded.path).parent, loaded.sha256))
     digest = hashlib.sha256(text.encode()).hexdigest()
@@ -154,13 +174,13 @@ def card(config: Mapping[str, Any], content: Mapping[str, Any], measured: Sequen
         "pipeline_tag: image-feature-extraction",
         "tags:",
         "- image-feature-extraction",
-        f"- {config['architecture']}",
+        f"- {settings['arch']}",
         *([f"- {mode}"] if mode != "official" else []),
         "---",
     ]
     size = config["preprocessing"]["img_size"]
     what = [
-        f"# {config['architecture']}, pooled by {'its own pooling' if mode == 'official' else mode}",
+        f"# {settings['arch']}, pooled by {'its own pooling' if mode == 'official' else mode}",
         f"An image backbone: photographs in, one vector of {config['num_features']} numbers each. "
         f"Its own image size is {size}; pixels from 0 to 1 are normalised by mean {_numbers(config, 'mean')} and "
         f"standard deviation {_numbers(config, 'std')}.",
@@ -212,10 +232,12 @@ def _flat(value: Any, name: str = "") -> Any:
 def _how(name: str, entry: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     size = entry["img_size"]
     height, width = (size, size) if isinstance(size, int) else size
+    outputs = entry.get("outputs") or ["features", *(["attention"] if entry["with_attention"] else [])]
     return _LOADING[entry["format"]].format(
         file=name, width=config["num_features"], height=height, width_px=width,
         channels=options.channels(config["settings"]),
-        outputs="features, attention" if entry["with_attention"] else "(features,)",
+        outputs=", ".join(outputs) if len(outputs) > 1 else "(features,)",
+        call=entry.get("call"), imports=_OURS_FOR_TIMM if "simpool_" in entry.get("call", "") else "",
     )  # fmt: skip
 
 

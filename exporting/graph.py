@@ -1,4 +1,4 @@
-"""A model as a graph, in ONNX or torch.export's format, written by torch and run at once on photographs."""
+"""A model as a graph (ONNX, TorchScript or torch.export's), written by torch and run at once on photographs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from exporting.prepare import Classifier
 from runtime.guards import InputError
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
@@ -22,29 +23,44 @@ LARGEST_DIFFERENCE = 1e-4
 
 
 class Outputs(nn.Module):
-    """What the graph computes: features (B, D), and with attention also maps (B, heads, h, w)."""
+    """What the graph computes: features (B, D), on request maps (B, heads, h, w) and logits (B, C).
 
-    def __init__(self, model: nn.Module, grid: tuple[int, int] | None) -> None:
+    Args:
+        grid: (h, w) of the maps, None to leave them out.
+        classifier: what makes logits of the features, None to leave them out.
+    """
+
+    def __init__(self, model: nn.Module, grid: tuple[int, int] | None, classifier: Classifier | None) -> None:
         super().__init__()
-        self.model, self.grid = model, grid
+        self.model, self.grid, self.classifier = model, grid, None
+        self.names = ["features"]
+        if grid is not None:
+            self.names.append("attention")
+        if classifier is not None:
+            self.names.append("logits")
+            self.classifier = nn.Linear(*classifier.weight.shape[::-1])
+            self.classifier.load_state_dict(classifier._asdict())
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        found: tuple[Tensor, ...]
         if self.grid is None:
-            return (self.model(images),)
-        feature, _, attention = self.model.forward_dense(images)
-        return feature, attention.unflatten(-1, self.grid)
+            found = (self.model(images),)
+        else:
+            feature, _, attention = self.model.forward_dense(images)
+            found = (feature, attention.unflatten(-1, self.grid))
+        return found if self.classifier is None else (*found, self.classifier(found[0]))
 
 
-def outputs_of(model: nn.Module, images: Tensor, with_attention: bool) -> Outputs:
+def outputs_of(model: nn.Module, images: Tensor, with_attention: bool, classifier: Classifier | None = None) -> Outputs:
     """The module to export. Raises InputError if attention is asked of a model without a map."""
     if not with_attention:
-        return Outputs(model, None).eval()
+        return Outputs(model, None, classifier).eval()
     try:
         with torch.no_grad():
             maps = model.get_attention_map(images[:1])
     except (AttributeError, ValueError) as error:
         raise InputError(f"--with_attention: {error}; or leave the flag out") from error
-    return Outputs(model, tuple(maps.shape[-2:])).eval()
+    return Outputs(model, tuple(maps.shape[-2:]), classifier).eval()
 
 
 def check_opset(opset: int) -> None:
@@ -57,19 +73,18 @@ def check_opset(opset: int) -> None:
 
 
 def build_onnx(module: Outputs, images: Tensor, opset: int, half: bool, texts: Mapping[str, Any]) -> bytes:
-    """An ONNX file's bytes: input `images` with any batch size; outputs `features`, and `attention`.
+    """An ONNX file's bytes: input `images` with any batch size; the outputs are named as `module.names`.
 
     half: weights that float16 holds exactly are stored in it, and cast back before they are used.
     texts: what the file's metadata says, as JSON; `config` is the model's settings.
 
     Raises InputError if the model has an operation that ONNX lacks, or the opset one that the graph needs.
     """
-    names = ["features"] if module.grid is None else ["features", "attention"]
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
                 module, (images[:2],), dynamo=True, verbose=False, opset_version=opset, input_names=["images"],
-                output_names=names, dynamic_shapes=_any_batch(),
+                output_names=module.names, dynamic_shapes=_any_batch(),
             )  # fmt: skip
     except torch.onnx.OnnxExporterError as error:
         raise _no_graph("onnx", texts["config"], error) from error
@@ -85,7 +100,7 @@ def build_onnx(module: Outputs, images: Tensor, opset: int, half: bool, texts: M
 
 
 def build_program(module: Outputs, images: Tensor, texts: Mapping[str, Any]) -> bytes:
-    """A file's bytes for torch.export.load: images with any batch size to (features,) or (features, attention).
+    """A file's bytes for torch.export.load: images with any batch size to a tuple, as `module.names` lists it.
 
     texts: extra files in it, as JSON. Raises InputError if torch.export does not follow the model.
     """
@@ -94,8 +109,24 @@ def build_program(module: Outputs, images: Tensor, texts: Mapping[str, Any]) -> 
         with _quiet(), torch.no_grad():
             program = torch.export.export(module, (images[:2],), dynamic_shapes=_any_batch())
             torch.export.save(program, buffer, extra_files={key: json.dumps(value) for key, value in texts.items()})
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever the exporter met inside the model
         raise _no_graph("torch_export", texts["config"], error) from error
+    return buffer.getvalue()
+
+
+def build_torchscript(module: Outputs, images: Tensor, texts: Mapping[str, Any]) -> bytes:
+    """A file's bytes for torch.jit.load: images with any batch size to a tuple, as `module.names` lists it.
+
+    torch calls its tracer deprecated in favour of torch.export, and still has it. texts: extra files in it, as JSON.
+    Raises InputError if the tracer does not follow the model, or this torch has no tracer.
+    """
+    buffer = io.BytesIO()
+    try:
+        with _quiet(), torch.no_grad():
+            traced = torch.jit.trace(module, (images[:2],), check_trace=False)  # it is checked on photographs
+            torch.jit.save(traced, buffer, _extra_files={key: json.dumps(value) for key, value in texts.items()})
+    except Exception as error:  # whatever the tracer met inside the model
+        raise _no_graph("torchscript", texts["config"], error) from error
     return buffer.getvalue()
 
 
@@ -111,6 +142,12 @@ def run_program(data: bytes) -> Callable[[Tensor], Sequence[Tensor]]:
     """The graph in a file's bytes, run by torch without the model's code."""
     with _quiet():
         return torch.export.load(io.BytesIO(data)).module()
+
+
+def run_torchscript(data: bytes) -> Callable[[Tensor], Sequence[Tensor]]:
+    """The graph in a file's bytes, run by torch without the model's code."""
+    with _quiet():
+        return torch.jit.load(io.BytesIO(data))
 
 
 @torch.no_grad()

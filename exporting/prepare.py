@@ -2,20 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+import pretrained
 from data.loader import normalize
 from evaluation import attention, options
 from evaluation.examples import Photographs
 from evaluation.models import LoadedModel
-from runtime.guards import InputError
+from runtime.guards import InputError, input_errors
 from vision_transformer import VisionTransformer
 
 MOST_PHOTOGRAPHS = 4
+
+
+class Classifier(NamedTuple):
+    """A linear layer on the features."""
+
+    weight: Tensor  # (C, D)
+    bias: Tensor  # (C,)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """(B, D) -> (B, C)"""
+        return F.linear(features, self.weight, self.bias)
+
+    def rounded(self) -> Classifier:
+        """With the numbers that float16 has. Raises InputError for one that it cannot hold."""
+        return Classifier(*(_rounded(value, f"the classifier's {name}") for name, value in self._asdict().items()))
+
+
+def classifier_of(
+    content: Mapping[str, Any], checkpoint_key: str, loaded: LoadedModel, wanted: bool
+) -> Classifier | None:
+    """The classifier that lies with a backbone; None if there is none. Raises InputError if one is wanted."""
+    with input_errors():
+        found = pretrained.find_classifier(content, checkpoint_key, loaded.path, loaded.model.num_features)
+    if found is None and wanted:
+        raise InputError(
+            f"--with_head: {loaded.path} holds no linear classifier of {loaded.model.num_features} features; leave the "
+            "flag out"
+        )
+    return None if found is None else Classifier(*found)
 
 
 def size_of(loaded: LoadedModel) -> tuple[int, int]:
@@ -68,10 +100,14 @@ def round_to_half(model: nn.Module) -> None:
     """
     for name, value in model.state_dict().items():
         if value.is_floating_point():
-            rounded = value.half()
-            if not torch.isfinite(rounded).all():
-                raise InputError(f"--half: {name} has numbers that float16 cannot hold; leave --half out")
-            value.copy_(rounded)
+            value.copy_(_rounded(value, name))
+
+
+def _rounded(value: Tensor, name: str) -> Tensor:
+    rounded = value.half()
+    if not torch.isfinite(rounded).all():
+        raise InputError(f"--half: {name} has numbers that float16 cannot hold; leave --half out")
+    return rounded.to(value.dtype)
 
 
 def features(loaded: LoadedModel, images: Tensor) -> Tensor:

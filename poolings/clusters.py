@@ -38,6 +38,7 @@ class KMeans(PoolingBase):
         self.k = whole(self.name, "k", k)
         self.iterations = whole(self.name, "iterations", iterations)
         self.seed = whole(self.name, "seed", seed, least=0)
+        self._drawn: dict[int, list[int]] = {}  # starting positions by their number N
 
     def pool(self, x: Tensor) -> tuple[Tensor, Tensor]:
         weights = self._memberships(x.detach())
@@ -57,16 +58,20 @@ class KMeans(PoolingBase):
         return weights
 
     def _start(self, x: Tensor) -> Tensor:
-        """(k, N) with a single 1 in each row, drawn on the CPU so that all devices start alike."""
+        """(k, N) with a single 1 in each row, drawn on the CPU so that all devices start alike.
+
+        Drawn once for each N: a graph can then be exported, whose tracer does not draw.
+        """
         positions = x.shape[1]
         if positions < self.k:
             raise ValueError(
                 f"{self.name}: k={self.k} clusters need as many positions, the image has {positions}; lower k"
             )
-        generator = torch.Generator("cpu").manual_seed(self.seed)
-        drawn = torch.randperm(positions, generator=generator, device="cpu")[: self.k].tolist()
+        if positions not in self._drawn:
+            generator = torch.Generator("cpu").manual_seed(self.seed)
+            self._drawn[positions] = torch.randperm(positions, generator=generator, device="cpu")[: self.k].tolist()
         start = x.new_zeros(self.k, positions)
-        for cluster, position in enumerate(drawn):
+        for cluster, position in enumerate(self._drawn[positions]):
             start[cluster, position] = 1  # written by the device: it never waits for a copy from the host
         return start
 

@@ -18,7 +18,7 @@ elif [ "${1:-}" = "--fast" ]; then
     for whole_runs in reliability benchmarks training/test_toy_method.py training/test_launch.py optim/test_sharding.py \
         test_main_dino.py test_eval_knn.py test_eval_linear.py test_visualize_attention.py test_launchers.py \
         test_run_scripts.py test_submit.py test_record.py test_examples.py test_export.py test_main_attmask.py \
-        test_main_supervised.py; do
+        test_main_supervised.py exporting test_timm_models.py; do
         chosen+=("--ignore=tests/$whole_runs")
     done
     shift

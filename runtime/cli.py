@@ -126,10 +126,15 @@ def parse_program(
     return parser.parse_args(argv)
 
 
-def parse_described(flags: argparse.ArgumentParser, doc: str | None, argv: list[str] | None) -> argparse.Namespace:
-    """The arguments of a small program; its --help begins with `doc`, the module's, as it is laid out."""
+def parse_described(
+    flags: argparse.ArgumentParser, doc: str | None, argv: list[str] | None, name: str | None = None
+) -> argparse.Namespace:
+    """The arguments of a small program; its --help begins with `doc`, the module's, as it is laid out.
+
+    name: how the program is started, if that is not its file's name.
+    """
     parser = ProgramParser(
-        parents=[flags], description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        name, parents=[flags], description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     return parser.parse_args(argv)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def get_sha() -> str:
-    """Commit, state and branch of the running code, as one line (DINO's function)."""
+    """Commit, state and branch of the running code, as one line (DINO's function); an installed one has its version."""
     folder = Path(__file__).resolve().parent.parent
 
     def git(*command: str) -> str:
@@ -33,7 +34,16 @@ def get_sha() -> str:
         return done.stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", __file__)  # an installed copy may lie inside a checkout of something else
         state = "has uncommitted changes" if git("status", "--porcelain", "--untracked-files=no") else "clean"
         return f"sha: {git('rev-parse', 'HEAD')}, status: {state}, branch: {git('rev-parse', '--abbrev-ref', 'HEAD')}"
     except (OSError, subprocess.CalledProcessError):
-        return "sha: N/A, status: not a git checkout, branch: N/A"
+        return f"sha: N/A, status: {_installed() or 'not a git checkout'}, branch: N/A"
+
+
+def _installed() -> str:
+    """The version of the installed package, if this code is that package's."""
+    try:
+        return f"simpool-dino {version('simpool-dino')}, installed" if __name__.startswith("simpool_dino.") else ""
+    except PackageNotFoundError:
+        return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,4 +35,22 @@ def tiny_checkpoint(path: Path, mode: str = "simpool", seed: int = 0, epoch: int
     teacher = {f"backbone.{name}": value for name, value in model.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint({"teacher": teacher, "epoch": epoch, "config": config}, path)
+    return path
+
+
+def labelled_checkpoint(path: Path, classes: int = 5, **settings: Any) -> Path:
+    """A checkpoint as training with labels writes it: a student alone, of a backbone and a linear head."""
+    torch.manual_seed(0)
+    config = {"arch": "vit_small", "img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    config = settings or config
+    model = backbones.build_backbone(**config)
+    for name, value in model.state_dict().items():
+        if name.endswith(("running_mean", "running_var")):  # not the initial ones
+            value.add_(torch.rand_like(value))
+        if name.startswith("stages.") and name.endswith(".gamma"):  # layer scale: at first blocks hardly count
+            value.fill_(0.3)
+    head = torch.nn.Linear(model.num_features, classes)
+    student = {f"module.backbone.{name}": value for name, value in model.state_dict().items()}
+    student |= {f"module.head.{name}": value for name, value in head.state_dict().items()}
+    save_checkpoint({"student": student, "epoch": 3, "config": {**config, "method": "supervised"}}, path)
     return path

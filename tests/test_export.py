@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ import hubconf
 import portable
 import pretrained
 from evaluation.models import load_checkpoint_model
+from poolings.base import WITH_ATTENTION
+from poolings.choose import POOLINGS
 from runtime.checkpoint import save_checkpoint
 from runtime.guards import InputError, RunStopped
-from tests.small_images import tiny_checkpoint
+from tests.small_images import labelled_checkpoint, tiny_checkpoint
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 
@@ -184,15 +187,23 @@ def test_files_of_others_stay(tmp_path, capsys):
         (["--format", "onnxx"], "onnxx"),
         (["--img_size", "33"], "33x33 is not divisible.*32x32"),
         (["--img_size", "0"], "img_size 0"),
-        (["--with_attention"], "--with_attention is for --format onnx or torch_export, not for safetensors"),
+        (
+            ["--with_attention"],
+            "--with_attention is for --format onnx, torchscript or torch_export, not for safe",
+        ),
         (["--opset", "18"], "--opset is for --format onnx, not for safetensors"),
-        (["--half", "--format", "torch_export"], "--half is for --format safetensors or torch or onnx, not for torch_"),
+        (
+            ["--half", "--format", "torch_export"],
+            "--half is for --format safetensors, torch, timm or onnx, not",
+        ),
         (["--pretrained_weights", "/nowhere.pth"], "nowhere.pth"),
         (["--pretrained_weights", ""], "pretrained_weights is empty"),
         (["--checkpoint_key", "student"], "no weights under 'student'; --checkpoint_key can be: teacher"),
         (["--output", "/dev/null/model.safetensors"], "cannot be written"),
         (["--output", "."], "is a folder"),
         (["--output", "config.json"], "the card takes this name"),
+        (["--with_head"], "--with_head: .*c.pth holds no linear classifier of 24 features"),
+        (["--with_head", "maybe"], "'maybe' is not a boolean"),
         (["--mode", "official"], "--mode official but the checkpoint says simpool"),
     ],
 )
@@ -262,7 +273,7 @@ def test_a_file_that_reads_back_differently_is_not_kept(tmp_path, monkeypatch):
     """The comparison on photographs decides: the program ends with code 1, and nothing lies under the name."""
     checkpoint = tiny_checkpoint(tmp_path / "c.pth")
     other = portable.load(tiny_checkpoint(tmp_path / "d.pth", seed=1))
-    monkeypatch.setattr(export, "load", lambda path: other)
+    monkeypatch.setattr(export, "load", lambda path, classifier: other)
     with pytest.raises(RunStopped, match="nothing was written") as caught:
         run(checkpoint, "torch", tmp_path / "out" / "model.pt")
     assert caught.value.exit_code == 1
@@ -278,14 +289,14 @@ GRAPHS = {
     "resnet_simpool": {"arch": "resnet18", "mode": "simpool", "gamma": 2.0, "img_size": 32},
     "convnext_official": {"arch": "convnext_tiny", "img_size": 32},
     "convnext_simpool": {"arch": "convnext_tiny", "mode": "simpool", "gamma": 2.0, "img_size": 32},
-    **{
-        mode: {"arch": "vit_small", "mode": mode, **SMALL}
-        for mode in ("gap", "max", "avgmax", "gem", "lse", "how", "otk", "slot", "se", "cbam", "ge", "cls", "cait")
-    },
+    **{mode: {"arch": "vit_small", "mode": mode, **SMALL} for mode in POOLINGS if mode != "simpool"},
+    "resnet_cbam": {"arch": "resnet18", "mode": "cbam", "img_size": 64},
+    "convnext_otk": {"arch": "convnext_tiny", "mode": "otk", "img_size": 64},
+    "timm_convnext": {"arch": "convnext_atto", "mode": "simpool", "img_size": 64},
     "timm_resnet": {"arch": "resnet10t", "img_size": 32},
     "timm_vit": {"arch": "test_vit", "mode": "simpool", "img_size": 160},
 }
-WITH_MAP = ("vit_official", "resnet_simpool", "convnext_simpool", "how", "otk", "slot", "cbam", "cls", "cait")
+WITH_MAP = ("vit_official", "vit_simpool", "resnet_simpool", "convnext_simpool", "convnext_otk", *WITH_ATTENTION)
 
 
 @pytest.fixture
@@ -305,7 +316,7 @@ def test_a_graph_gives_the_checkpoints_numbers(onnx_packages, tmp_path, photogra
     """onnxruntime gives features and maps of real images within 1e-4, for one image and for three."""
     settings = GRAPHS[name]
     checkpoint = checkpoint_of(tmp_path / "c.pth", **settings)
-    with_map = name in ("vit_simpool", *WITH_MAP)
+    with_map = name in WITH_MAP
     file = run(checkpoint, "onnx", tmp_path / "m.onnx", *(["--with_attention"] if with_map else []))
     session = onnx_packages.InferenceSession(file, providers=["CPUExecutionProvider"])
     assert [entry.name for entry in session.get_outputs()] == ["features", "attention"][: 1 + with_map]
@@ -319,19 +330,25 @@ def test_a_graph_gives_the_checkpoints_numbers(onnx_packages, tmp_path, photogra
             assert (torch.from_numpy(there) - here).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize(
-    "name",
-    [n if n == "vit_simpool" else pytest.param(n, marks=pytest.mark.full) for n in (*GRAPHS,)],
-)
-def test_a_program_of_torch_export_gives_the_checkpoints_numbers(tmp_path, photographs, name):
-    """torch.export.load runs it, without this code, on any number of images at the exported size."""
+LOADED = {
+    "torch_export": "torch.export.load(path).module()",
+    "torchscript": "torch.jit.load(path)",
+}
+
+
+@pytest.mark.parametrize("kind", LOADED)
+@pytest.mark.parametrize("name", [n if n == "vit_simpool" else pytest.param(n, marks=pytest.mark.full) for n in GRAPHS])
+def test_a_graph_of_torchs_own_gives_the_checkpoints_numbers(tmp_path, photographs, name, kind):
+    """torch alone runs it, without this code, on any number of images at the exported size."""
     settings = GRAPHS[name]
     checkpoint = checkpoint_of(tmp_path / "c.pth", **settings)
-    with_map = name in ("vit_simpool", *WITH_MAP)
-    file = run(checkpoint, "torch_export", tmp_path / "m.pt2", *(["--with_attention"] if with_map else []))
+    with_map = name in WITH_MAP
+    file = run(checkpoint, kind, tmp_path / "m.pt2", *(["--with_attention"] if with_map else []))
     code = (
         "import sys, torch; images, path, out = sys.argv[1:]\n"
-        "found = torch.export.load(path).module()(torch.load(images)); assert 'vision_transformer' not in sys.modules\n"
+        f"model = {LOADED[kind]}\n"
+        "found = model(torch.load(images)); model(torch.load(images)[:1])\n"
+        "assert 'vision_transformer' not in sys.modules\n"
         "torch.save([x.detach() for x in found], out)"
     )
     images = photographs(settings["img_size"])
@@ -344,6 +361,43 @@ def test_a_program_of_torch_export_gives_the_checkpoints_numbers(tmp_path, photo
     for there, here in zip(found, expected, strict=True):
         assert there.shape == here.shape
         assert (there - here).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("kind", [*LOADED, pytest.param("onnx", marks=pytest.mark.full)])
+def test_logits_of_a_graph(request, tmp_path, photographs, kind):
+    """--with_head adds the classifier's output under its name, next to the map if that is asked for."""
+    labelled = labelled_checkpoint(tmp_path / "c.pth")
+    more = ["--with_attention"] if kind == "torchscript" else []
+    file = run(labelled, kind, tmp_path / "out" / "m", "--with_head", *more)
+    if kind == "onnx":
+        session = request.getfixturevalue("onnx_packages").InferenceSession(file)
+        found = [torch.from_numpy(f) for f in session.run(["features", "logits"], {"images": photographs(32).numpy()})]
+    else:
+        load = {"torchscript": torch.jit.load, "torch_export": lambda path: torch.export.load(path).module()}[kind]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, on its own formats
+            found = load(file)(photographs(32))
+    expected = [portable.load(labelled, classifier=classifier)(photographs(32)) for classifier in (False, True)]
+    assert len(found) == 2 + len(more)
+    assert torch.allclose(found[0], expected[0], atol=1e-4)
+    assert torch.allclose(found[-1], expected[1], atol=1e-4)
+    named = {"torchscript": "features, attention, logits = model", "torch_export": "features, logits = model"}
+    assert named.get(kind, "features, logits = session") in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "torch"])
+def test_a_classifier_lies_with_the_weights(tmp_path, photographs, kind):
+    """--with_head keeps it; the backbone is loaded alone unless the classifier is asked for."""
+    labelled = labelled_checkpoint(tmp_path / "c.pth", arch="resnet18", img_size=32)
+    file = run(labelled, kind, tmp_path / "out" / f"model.{kind}", "--with_head")
+    with torch.no_grad():
+        for classifier in (False, True):
+            expected = portable.load(labelled, classifier=classifier)(photographs(32))
+            assert torch.equal(portable.load(file, classifier=classifier)(photographs(32)), expected)
+    assert "fc.weight" in pretrained.read(file)["state_dict"]
+    file = run(labelled, kind, tmp_path / "out" / f"bare.{kind}")
+    with pytest.raises(ValueError, match="holds no linear classifier"):
+        portable.load(file, classifier=True)
 
 
 @pytest.mark.full
@@ -368,7 +422,7 @@ def test_a_graph_for_another_size_in_half(onnx_packages, tmp_path, photographs):
 
 
 def test_what_no_graph_takes(onnx_packages, tmp_path, monkeypatch):
-    """An opset too old, a map that the model lacks and an operation that ONNX lacks are named; nothing is written."""
+    """An opset too old and a map that the model lacks are named, and nothing is written."""
     official = checkpoint_of(tmp_path / "r.pth", arch="resnet18", img_size=32)
     for flags, message in (
         (["--opset", "9"], r"--opset 9: .*takes 18 to"),
@@ -376,9 +430,26 @@ def test_what_no_graph_takes(onnx_packages, tmp_path, monkeypatch):
     ):
         with pytest.raises(InputError, match=message):
             run(official, "onnx", tmp_path / "out" / "m.onnx", *flags)
-    clusters = checkpoint_of(tmp_path / "k.pth", arch="vit_small", mode="kmeans", **SMALL)
-    with pytest.raises(InputError, match=r"mode kmeans.* cannot be written as a graph") as caught:
-        run(clusters, "onnx", tmp_path / "out" / "m.onnx")
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("kind", [*LOADED, pytest.param("onnx", marks=pytest.mark.full)])
+def test_a_model_that_no_graph_follows_is_one_line(request, tmp_path, monkeypatch, kind):
+    """Whatever the exporter met inside the model is an error that names the model and another format."""
+    if kind == "onnx":
+        request.getfixturevalue("onnx_packages")
+
+    def forward(self, images):
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            raise IndexError("of the model's own\nin two lines")
+        return (self.model(images),)
+
+    monkeypatch.setattr(export.graph.Outputs, "forward", forward)
+    checkpoint = tiny_checkpoint(tmp_path / "c.pth")
+    with pytest.raises(
+        InputError, match=rf"--format {kind}: .*vit_small, mode simpool.* cannot be written as a graph"
+    ) as caught:
+        run(checkpoint, kind, tmp_path / "out" / "m.onnx")
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "out").iterdir())
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import portable
+import pretrained
 from tests.reference import reference_checkpoint_path
-from tests.small_images import tiny_checkpoint
+from tests.small_images import labelled_checkpoint, tiny_checkpoint
 
 
 def test_a_checkpoint_is_loaded_with_its_settings(tmp_path):
@@ -46,3 +47,16 @@ def test_a_recorded_stem_is_built_again(tmp_path, stem):
         load_checkpoint_model(tmp_path / "c.pth").model,
     ):  # fmt: skip
         assert torch.equal(found.get_attention_map(x), model.get_attention_map(x))
+
+
+def test_a_classifier_is_added_on_request(tmp_path):
+    """Logits are the features times the head that lies with them, here as training with labels writes it."""
+    checkpoint = labelled_checkpoint(tmp_path / "c.pth")
+    backbone, model = portable.load(checkpoint), portable.load(checkpoint, classifier=True)
+    head, x = pretrained.read(checkpoint)["student"], torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = backbone(x) @ head["module.head.weight"].T + head["module.head.bias"]
+        assert torch.allclose(model(x), expected, atol=1e-6)
+    assert (model.training, model.settings) == (False, backbone.settings)
+    with pytest.raises(ValueError, match="holds no linear classifier of 24 features"):
+        portable.load(tiny_checkpoint(tmp_path / "d.pth"), classifier=True)

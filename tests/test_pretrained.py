@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import backbones
 import pretrained
+from evaluation.models import load_checkpoint_model
 from tests.reference import reference_checkpoint_path
 
 TINY = {"arch": "vit_small", "patch_size": 8, "img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 2}
@@ -198,3 +200,41 @@ def test_flags_of_a_pooling_without_our_config():
     found = told({"teacher": tiny(mode="gem"), "args": args})
     assert (found.unknown, found.settings["mode"], found.settings["depth"]) == (("pooling_args",), "gem", 2)
     assert "pool_depth" not in found.settings
+
+
+@pytest.mark.parametrize("form", ["timm", "dinov2", "dinov2_training"])
+def test_plain_vits_of_others(tmp_path, form):
+    """timm's layout and DINOv2's, in chunks too: the features are those of the model that wrote the file."""
+    from timm.models.vision_transformer import VisionTransformer as Other
+
+    shape = {"img_size": 28, "patch_size": 14, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    other = Other(**shape, num_classes=5 if form == "timm" else 0, init_values=None if form == "timm" else 0.1).eval()
+    weights = {name: torch.randn_like(value) / 3 for name, value in other.state_dict().items()}
+    other.load_state_dict(weights)
+    if form != "timm":
+        weights["mask_token"] = torch.zeros(1, 24)
+    content = weights
+    if form == "dinov2_training":
+        chunks = {re.sub(r"^blocks\.(\d+)", r"blocks.0.\1", name): value for name, value in weights.items()}
+        content = {
+            "teacher": {f"backbone.{name}": value for name, value in chunks.items()} | {"dino_head.w": torch.ones(1)}
+        }
+    torch.save(content, tmp_path / "other.pth")
+    model, x = load_checkpoint_model(tmp_path / "other.pth", num_heads=2).model, torch.randn(3, 3, 28, 28)
+    with torch.no_grad():
+        expected = other.forward_head(other.forward_features(x), pre_logits=True)
+        # Scaling before the product instead of after it rounds otherwise; the features are of order one
+        assert torch.allclose(model(x), expected, atol=1e-5)
+
+
+def test_what_makes_a_plain_vit_another_is_named(tmp_path):
+    """Register tokens, a gated MLP and a layer scale of another width are refused by their names."""
+    weights = backbones.build_backbone("vit_small", img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=2)
+    for name, value in (
+        ("register_tokens", torch.zeros(1, 4, 24)),
+        ("blocks.0.mlp.w12.weight", torch.zeros(8, 24)),
+        ("blocks.0.ls1.gamma", torch.zeros(23)),
+    ):
+        torch.save({**weights.state_dict(), name: value}, tmp_path / "other.pth")
+        with pytest.raises(ValueError, match=f"it has {name} that the model lacks"):
+            load_checkpoint_model(tmp_path / "other.pth", num_heads=2)

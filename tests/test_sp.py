@@ -2,6 +2,7 @@
 
 import ast
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,18 @@ def test_frozen_weights_still_pass_gradients_to_the_input():
     (expected,) = torch.autograd.grad(pool(x).square().sum(), x)
     (actual,) = torch.autograd.grad(pool.requires_grad_(False)(x).square().sum(), x)
     assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("gamma", [1.25, None])
+def test_traced_for_any_number_of_images(gamma):
+    """A TorchScript graph of the layer, traced on two images, gives the layer's numbers for other batches."""
+    pool = SimPool(16, num_heads=2, gamma=gamma, use_beta=gamma is not None)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, on its own format
+        traced = torch.jit.trace(pool, torch.rand(2, 6, 16), check_trace=False)
+        for batch in (1, 5):
+            x = torch.randn(batch, 6, 16)
+            assert torch.allclose(traced(x), pool(x), atol=1e-6)
 
 
 def test_captured_whole_by_the_compiler():

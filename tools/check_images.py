@@ -90,7 +90,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_described(get_args_parser(), __doc__, argv)
+    args = parse_described(get_args_parser(), __doc__, argv, "python -m tools.check_images")
     torch.set_num_threads(1)
     if args.output:  # before the work, which may take hours
         if Path(args.output).is_dir():

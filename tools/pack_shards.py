@@ -136,7 +136,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_described(get_args_parser(), __doc__, argv)
+    args = parse_described(get_args_parser(), __doc__, argv, "python -m tools.pack_shards")
     source = open_images(args.data_path, args.split, args.subset, args.in_chans)
     shards = pack(source, Path(args.output_dir), args.prefix or args.split, args.images_per_shard)
     say(f"{len(source)} images in {len(shards)} shards: --data_path {args.output_dir}")
