@@ -38,7 +38,7 @@ FAMILIES = {
     },
 }
 ALIASES = {name.replace("vit", "deit"): name for name in FAMILIES["vit"]}
-SMALL_IMAGES = 64  # pixels; on images below it a ResNet's stem is small unless one is chosen
+SMALL_IMAGES = 64  # pixels; on images below it a convolutional stem is small unless one is chosen
 DEFAULT_GAMMA = {"vit": GAMMA["tokens"], "resnet": GAMMA["map"], "convnext": GAMMA["map"], **GAMMA}
 
 # timm's convolutional families. A name not listed here is treated as a transformer, whose recipe (AdamW, no batch
@@ -192,15 +192,16 @@ def resolve_gamma(arch: str, gamma: float | str | None) -> float | None:
 def resolve_stem(arch: str, stem: str, img_size: int | tuple[int, int]) -> str:
     """The stem that `stem` means for this architecture and images of `img_size` pixels: "standard" or "small".
 
-    "auto" is small for ResNets, and timm's networks like them, on images with a side below 64 pixels. A timm name then
-    has its model built once, without memory, to see whether its stem can be made small.
+    "auto" is small on images with a side below 64 pixels for ResNets, and for those of timm's convolutional networks
+    (judged by their names) whose stem can be made small. A timm name then has its model built once, without memory, to
+    find out.
 
     Raises ValueError for an unknown stem, and for a small one that the architecture can't have.
     """
     if stem not in (*STEMS, "auto"):
         raise ValueError(f"unknown stem {stem!r}; choose {', '.join(STEMS)} or auto")
     large = min(vision_transformer.image_size(img_size)) >= SMALL_IMAGES
-    if stem == "standard" or (stem == "auto" and (large or family(arch) != "resnet")):
+    if stem == "standard" or (stem == "auto" and (large or family(arch) == "vit")):
         return "standard"
     name = ALIASES.get(arch, arch)
     own = _family(name)

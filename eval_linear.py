@@ -1,7 +1,8 @@
-"""Linear probing of a checkpoint's frozen features: many heads in one pass of the backbone.
+"""Linear and attentive probes of a frozen checkpoint: many heads in one pass of the backbone.
 
     python eval_linear.py --pretrained_weights output/checkpoint.pth --data_path /path/to/imagenet
     torchrun --nproc_per_node 8 eval_linear.py --pretrained_weights ... --data_path ... --lr 0.001 0.01 0.1
+    python eval_linear.py --pretrained_weights ... --data_path ... --probes linear ep --probe_maps
     python eval_linear.py --pretrained_weights ... --data_path ... --evaluate          # a saved head
     python eval_linear.py ... --evaluate --mask_ratios 0.1 0.3 --mask_by dino.pth      # without what DINO attends to
     python eval_linear.py --pretrained_weights ... --data_path ... --logistic          # an answer in seconds
@@ -11,49 +12,39 @@ models on few images. The best head is chosen on a tenth of train held out for i
 the published numbers did, and trains on all of train); a single head needs no choice. Writes to --output_dir, by
 default the checkpoint's folder: eval_linear.json, eval_linear.png, eval_linear_log.txt, checkpoint.pth.tar (to resume)
 and best.pth.tar, which hold the chosen head under the published names. The protocol: evaluation/linear.py.
+
+--probes trains attentive probes on the backbone's tokens as well, each with the same grid: evaluation/probes.py. The
+best head of each is in best_NAME.pth.tar.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from data.parts import Part
 from data.sampler import TrainSampler
-from data.source import ImageSource
-from evaluation import (
-    cached,
-    features,
-    heads,
-    identity,
-    labelled,
-    linear,
-    logistic,
-    occlusion,
-    options,
-    records,
-    report,
-)  # fmt: skip
+from evaluation import features, heads, identity, linear, logistic, options, records
 from evaluation.crops import build_probe_loader
-from evaluation.forms import Form, default_forms, form_widths, probe_features
-from evaluation.linear import LinearClassifier, Probe
-from evaluation.models import LoadedModel, load_checkpoint_model
+from evaluation.forms import Form, probe_features
+from evaluation.linear import LinearClassifier
+from evaluation.linear_task import Task, prepare
+from evaluation.models import load_checkpoint_model
+from evaluation.probe_cache import MemoryBudget
+from evaluation.probe_plan import Plan, add_probe_flags, build_probe, describe, draw_maps, evaluation_set, read_plan
+from evaluation.probe_sweep import ProbeSweep
+from evaluation.saved_head import run_saved
 from evaluation.single_head import train, validate_network
 from evaluation.sweep import Sweep, train_epoch
 from runtime.cli import add_flag, bool_flag, parse_program
 from runtime.distributed import barrier, get_rank, get_world_size, init_distributed_mode, is_main_process, leave
-from runtime.guards import EXIT_DONE, InputError, input_errors, run_program
-from runtime.reproduce import fix_random_seeds
+from runtime.guards import EXIT_DONE, InputError, run_program
 from runtime.terminal import say
 
-__all__ = ["LinearClassifier", "eval_linear", "train", "validate_network"]
+__all__ = ["LinearClassifier", "eval_linear", "load_checkpoint_model", "train", "validate_network"]
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -70,8 +61,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_flag(group, "--select_on", choices=("train", "val"), default="train",
              help="choose the best head on a held-out tenth of train, or on val itself")  # fmt: skip
     add_flag(group, "--num_labels", type=int, default=None, help="number of outputs (default: the number of classes)")
+    add_probe_flags(parser)
     group = parser.add_argument_group("training")
-    add_flag(group, "--epochs", type=int, default=100, help="passes over the training images")
+    add_flag(group, "--epochs", type=int, default=None,
+             help="passes over the training images (default: 100; recipe ep: 90)")  # fmt: skip
     add_flag(group, "--val_freq", type=int, default=1, help="epochs between validations")
     add_flag(group, "--subset", type=int, default=-1, help="first images of each training class to use; -1: all")
     add_flag(
@@ -108,6 +101,7 @@ def eval_linear(args: argparse.Namespace) -> dict[str, Any]:
         value = getattr(args, name)
         setattr(args, name, value if value is None or isinstance(value, list) else [value])
     options.check_run(args)
+    plan = read_plan(args)
     options.check_positive(args, "epochs", "val_freq")
     for name, check in (("lr", options.check_above_zero), ("n_last_blocks", options.check_positive)):
         if getattr(args, name) is not None:
@@ -118,7 +112,7 @@ def eval_linear(args: argparse.Namespace) -> dict[str, Any]:
     task = prepare(args, folder)
     if args.logistic:
         return run_logistic(task)
-    return run_saved(task) if args.evaluate else run_sweep(task)
+    return run_saved(task) if args.evaluate else run_sweep(task, plan)
 
 
 def check_masking(args: argparse.Namespace) -> None:
@@ -132,127 +126,45 @@ def check_masking(args: argparse.Namespace) -> None:
         raise InputError(f"--mask_ratios {wrong[0]:g}: give parts of the patches from 0 to 1")
 
 
-# ---- model and data -------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Task:
-    """What every way of running this program needs."""
-
-    args: argparse.Namespace
-    folder: Path
-    loaded: LoadedModel
-    train: ImageSource
-    val: ImageSource
-    extraction: dict[str, Any]  # settings of features.extract
-
-    @property
-    def device(self) -> torch.device:
-        return self.args.torch_device
-
-    @property
-    def model(self) -> nn.Module:
-        return self.loaded.model
-
-    def forms(self) -> list[Form]:
-        """The forms of features that the flags ask for, checked on the model."""
-        args, default = self.args, default_forms(self.model)[0]
-        depths = args.n_last_blocks or [default.n]
-        pools = args.avgpool_patchtokens if args.avgpool_patchtokens is not None else [default.avgpool]
-        forms = [Form(n, pool) for n in dict.fromkeys(depths) for pool in dict.fromkeys(pools)]
-        self.widths(forms)
-        return forms
-
-    def widths(self, forms: list[Form]) -> list[int]:
-        """Width of each form's features."""
-        channels = options.channels(self.loaded.config)
-        with input_errors():
-            return form_widths(self.model, forms, self.extraction["img_size"], channels, self.device)
-
-    def identity(self, forms: list[Form]) -> dict[str, Any]:
-        """All that changes a head's input and labels; see evaluation.identity."""
-        return {
-            **identity.of_model(self.loaded, self.args.checkpoint_key),
-            **options.numerics(self.args, self.loaded.config),
-            "classes": identity.of_classes(self.train),
-            "forms": [list(form) for form in forms],
-        }
-
-    def cache(
-        self, source: ImageSource, forms: list[Form], desc: str, indices: np.ndarray | None = None
-    ) -> cached.Cached:
-        """This rank's share of the features of a source, or of its `indices`, for every form."""
-        return cached.cache(self.model, source, forms, self.widths(forms), self.extraction, desc, indices)
-
-    def write(self, name: str, settings: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
-        """The evaluation's JSON; returns the results."""
-        common = {key: getattr(self.args, key) for key in ("subset", "seed", "val_fraction")}
-        common |= options.numerics(self.args, self.loaded.config)
-        data = records.describe_data(self.args.data_path, self.train, self.val)
-        records.write_evaluation(
-            self.folder, name, options.describe(self.loaded, self.args), data, common | settings, results
-        )
-        report.refresh_report(self.args.pretrained_weights)
-        return results
-
-
-def prepare(args: argparse.Namespace, folder: Path) -> Task:
-    """Load the model and open the labelled images."""
-    flags = options.model_flags(args)
-    fix_random_seeds(args.seed)  # so a model without a checkpoint is the same in every program
-    loaded = load_checkpoint_model(
-        args.pretrained_weights, checkpoint_key=args.checkpoint_key, device=args.torch_device, **flags
-    )
-    for parameter in loaded.model.parameters():
-        parameter.requires_grad_(False)
-    channels = options.channels(loaded.config)
-    train, val = labelled.open_labelled(args.data_path, args.subset, channels, args.val_fraction)
-    if args.on_bad_image == "skip":  # a probe reads each image in every epoch: it must know beforehand which count
-        readable = features.readable(train, args.num_workers)
-        left_out = np.setdiff1d(np.arange(len(train)), readable).tolist()
-        train = Part(train, readable, f"without {left_out}") if left_out else train
-    if args.num_labels is not None and args.num_labels < len(train.classes):
-        raise InputError(
-            f"--num_labels {args.num_labels}, but the images have {len(train.classes)} classes; leave it out"
-        )
-    return Task(args, folder, loaded, train, val, options.extraction(args, loaded.config))
-
-
 # ---- the sweep ------------------------------------------------------------------------------------------------------
 
 
-def run_sweep(task: Task) -> dict[str, Any]:
-    """Train all heads, choose the best, write everything."""
+def run_sweep(task: Task, plan: Plan) -> dict[str, Any]:
+    """Train all heads of all probes, choose the best, write everything."""
     args = task.args
-    forms = task.forms()
-    lrs = list(dict.fromkeys(args.lr or linear.DEFAULT_LRS))
+    forms = task.forms() if plan.has_linear else []
     num_labels = args.num_labels or len(task.train.classes)
-    choose = len(forms) * len(lrs) > 1 and args.select_on == "train"
+    choose = plan.head_count(forms) > 1 and args.select_on == "train"
     kept, held_out = linear.split_train(task.train.labels, args.seed) if choose else (np.arange(len(task.train)), None)
     sampler = probe_sampler(args, len(kept))
-    probe = Probe(task.widths(forms), forms, lrs, num_labels, sampler.global_batch, task.device, args.seed)
+    probe, tokens = build_probe(task, plan, forms, num_labels, sampler.global_batch)
     loader = build_probe_loader(
         task.train, kept, sampler, task.extraction["img_size"], args.num_workers, args.seed, task.device.type == "cuda"
     )
-    describe_sweep(task, probe, len(kept), sampler.global_batch, held_out)
-    sweep = Sweep(task.folder, probe, run_identity(task, forms, lrs, num_labels, sampler.global_batch, len(kept)))
-    first_epoch = sweep.resume()
-    val = task.cache(task.val, forms, "validation features")
-    selection = task.cache(task.train, forms, "held-out features", held_out) if choose else val
+    describe(plan, probe, tokens, sampler.global_batch)
+    describe_images(task, len(kept), sampler.global_batch, held_out)
+    made_by = run_identity(task, plan, forms, num_labels, sampler.global_batch, len(kept))
+    sweep = (ProbeSweep if plan.names else Sweep)(task.folder, probe, made_by)
+    first_epoch, budget = sweep.resume(), MemoryBudget(args.token_cache)
+    val = evaluation_set(task, probe, budget, task.val, "validation")
+    selection = evaluation_set(task, probe, budget, task.train, "held-out", held_out) if choose else val
 
     for epoch in range(first_epoch, args.epochs):
         sampler.set_position(epoch)
+        scales = plan.recipe.scales(epoch, args.epochs, sampler.steps_per_epoch)
         losses = train_epoch(
-            task.model, probe, loader, linear.cosine_factor(epoch, args.epochs), task.device,
-            task.extraction["amp_dtype"], f"epoch {epoch}",
-        )  # fmt: skip
+            task.model, probe, loader, scales, task.device, task.extraction["amp_dtype"], f"epoch {epoch}"
+        )
         if (epoch + 1) % args.val_freq == 0 or epoch + 1 == args.epochs:
             val_counts = val.count(probe)
             sweep.validated(epoch, losses, val_counts, selection.count(probe) if choose else val_counts)
         sweep.save(epoch + 1)
     selected_on = "held-out train" if choose else "val"
     settings = {**sweep.identity, "selected_on": selected_on, "batch_size_per_gpu": args.batch_size_per_gpu}
-    return task.write("eval_linear", settings, sweep.finish(selected_on))
+    results = sweep.finish(selected_on)
+    if args.probe_maps is not None:
+        draw_maps(task, sweep.best_heads())
+    return task.write("eval_linear", settings, results)
 
 
 def probe_sampler(args: argparse.Namespace, images: int) -> TrainSampler:
@@ -267,12 +179,8 @@ def probe_sampler(args: argparse.Namespace, images: int) -> TrainSampler:
     return TrainSampler(images, args.batch_size_per_gpu, seed=args.seed, rank=get_rank(), world_size=get_world_size())
 
 
-def describe_sweep(task: Task, probe: Probe, images: int, global_batch: int, held_out: np.ndarray | None) -> None:
-    """Say what is about to be trained, and how the choice will be made."""
-    lrs = sorted({head.lr for head in probe.heads})
-    names = ", ".join(dict.fromkeys(head.form.name for head in probe.heads))
-    rates = f"lr {', '.join(f'{lr:g}' for lr in lrs)} per 256 images"
-    say(f"{len(probe.heads)} head(s) on {names}; {rates}; global batch {global_batch}")
+def describe_images(task: Task, images: int, global_batch: int, held_out: np.ndarray | None) -> None:
+    """Say what is trained on, and how the choice will be made."""
     choice = f"; {len(held_out)} held out to choose the head by" if held_out is not None else ""
     say(f"training on {images} images of {len(task.train.classes)} classes{choice}")
     tail = images % global_batch
@@ -281,7 +189,7 @@ def describe_sweep(task: Task, probe: Probe, images: int, global_batch: int, hel
 
 
 def run_identity(
-    task: Task, forms: list[Form], lrs: list[float], num_labels: int, global_batch: int, images: int
+    task: Task, plan: Plan, forms: list[Form], num_labels: int, global_batch: int, images: int
 ) -> dict[str, Any]:
     """What must agree for a saved run to be continued."""
     args = task.args
@@ -292,7 +200,8 @@ def run_identity(
         "num_labels": num_labels,
         "crops": "bilinear",  # earlier versions trained on bicubic ones
         "order": heads.ORDER,
-        "lrs": lrs,
+        "lrs": plan.lrs,
+        **plan.identity(),
         "epochs": args.epochs,
         "val_freq": args.val_freq,
         "global_batch": global_batch,
@@ -301,81 +210,7 @@ def run_identity(
     }
 
 
-# ---- instead of training --------------------------------------------------------------------------------------------
-
-
-def run_saved(task: Task) -> dict[str, Any]:
-    """Validate a saved head, ours or the published format."""
-    args = task.args
-    candidates = (
-        [args.linear_weights]
-        if args.linear_weights
-        else [task.folder / n for n in ("best.pth.tar", "checkpoint.pth.tar")]
-    )
-    path = next((Path(c) for c in candidates if Path(c).is_file()), None)
-    if path is None:
-        raise InputError(
-            f"--evaluate needs a saved head, but {' and '.join(map(str, candidates))} do not exist; train one first, "
-            "or name the file with --linear_weights"
-        )
-    head = heads.read_head(path)
-    form = head.form or task.forms()[0]
-    if head.identity is not None:
-        keys = [key for key in task.identity([form]) if key != "forms"]
-        identity.require_same(
-            head.identity, task.identity([form]), identity.recorded(head.identity, keys, str(path)),
-            f"{path} was trained on other features", "Give the checkpoint, settings and classes that it belongs to",
-        )  # fmt: skip
-    width = task.widths([form])[0]
-    if head.weight.shape[1] != width or head.weight.shape[0] < len(task.train.classes):
-        raise InputError(
-            f"{path} is a head of {head.weight.shape[1]} inputs and {head.weight.shape[0]} outputs; the model gives "
-            f"{width} with {form.name} and the images have {len(task.train.classes)} classes: check --n_last_blocks, "
-            "--avgpool_patchtokens, --arch and --data_path"
-        )
-    probe = Probe([width], [form], [1.0], head.weight.shape[0], 256, task.device)
-    probe.groups[0].weight.copy_(head.weight[None])
-    probe.groups[0].bias.copy_(head.bias[None])
-    settings = {"linear_weights": str(path), "n_last_blocks": form.n, "avgpool_patchtokens": form.avgpool}
-    if args.mask_ratios is None:
-        top1, top5, loss = task.cache(task.val, [form], "validation features").count(probe)[0].tolist()
-        say(records.table(["head", "val top-1", "val top-5"], [[str(path), top1, top5]]))
-        masked = {}
-    else:
-        looker = load_looker(task)
-        settings |= {"mask_by": str(looker.path), "mask_by_sha256": looker.sha256}
-        (top1, top5, loss), *rest = masked_counts(task, form, width, probe, looker.model)
-        rows = [{"hidden": r, "top1": a, "top5": b} for r, (a, b, _) in zip(args.mask_ratios, rest, strict=True)]
-        table = [["0", top1, top5, 0.0], *([f"{r['hidden']:g}", r["top1"], r["top5"], r["top1"] - top1] for r in rows)]
-        say(records.table(["hidden", "val top-1", "val top-5", "change"], table))
-        masked = {"masked": rows}
-    return task.write("eval_linear_saved", settings, {"val_top1": top1, "val_top5": top5, "val_loss": loss} | masked)
-
-
-def load_looker(task: Task) -> LoadedModel:
-    """The model of --mask_by. Raises InputError if it has no attention map, or takes other images."""
-    path, size = task.args.mask_by, task.extraction["img_size"]
-    looker = load_checkpoint_model(path, checkpoint_key=task.args.checkpoint_key, device=task.device)
-    channels = options.channels(task.loaded.config)
-    if options.channels(looker.config) != channels:
-        raise InputError(
-            f"--mask_by {path}: it takes images of {options.channels(looker.config)} channels, not {channels}"
-        )
-    with input_errors(f"--mask_by {path} can't decide what to hide"), torch.no_grad():
-        looker.model.get_attention_map(torch.zeros(1, channels, size, size, device=task.device))
-    return looker
-
-
-def masked_counts(task: Task, form: Form, width: int, probe: Probe, looker: nn.Module) -> list[list[float]]:
-    """[top-1, top-5, loss] of a head on val as it is, then with each of --mask_ratios hidden, in one pass."""
-    count = 1 + len(task.args.mask_ratios)
-    forward = occlusion.at_every_ratio(
-        lambda images: probe_features(task.model, images, [form])[0], looker, task.args.mask_ratios
-    )
-    found = cached.cache(
-        task.model, task.val, [form] * count, [width] * count, task.extraction, "validation features", forward=forward
-    )
-    return [cached.Cached([part], found.labels).count(probe)[0].tolist() for part in found.features]
+# ---- logistic regression ---------------------------------------------------------------------------------------------
 
 
 def run_logistic(task: Task) -> dict[str, Any]:

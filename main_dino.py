@@ -32,10 +32,11 @@ from distill.multicrop import MultiCropWrapper
 from optim.clipping import cancel_gradients_last_layer
 from runtime.checks import above_zero, at_least_one, at_most, zero_or_more
 from runtime.cli import add_flag, bool_flag
-from runtime.guards import input_errors, run_program
+from runtime.guards import InputError, input_errors, run_program
 from runtime.reproduce import fix_random_seeds
-from training import arguments, flags, launch, multicrop, self_distillation
+from training import arguments, flags, frozen, launch, multicrop, self_distillation
 from training.backbone import build_backbone, check_crop_sizes, load_initial_backbone
+from training.frozen import freeze_backbone
 from training.method import Method
 from training.plan import make_plan
 from training.run import NO_WISHES, Means, Run, Wishes, choose_hardware, common_schedules
@@ -54,6 +55,7 @@ def train_step(run: Run, batches: list[CropBatch], step: int, wishes: Wishes = N
     stop, save).
     """
     epoch, means = run.begin(step), Means()
+    freeze_backbone(run, epoch)
     for batch in run.micro_batches(batches):  # crops [(G·B, C, S, S), (n·B, C, s, s)]
         with run.exchange_gradients(batch.last):
             with run.hardware.autocast():
@@ -129,6 +131,9 @@ def _add_method_flags(group: argparse._ArgumentGroup) -> None:
     add_flag(group, "--norm_last_layer", type=bool_flag, help="keep the prototypes at norm 1")
     add_flag(group, "--use_bn_in_head", type=bool_flag, help="BatchNorm in the head")
     self_distillation.add_flags(group)
+    frozen.add_flags(group)
+    add_flag(group, "--checkpoint_key", choices=("teacher", "student"),
+             help="which backbone of --init_from; default: the student, or the teacher without one")  # fmt: skip
     add_flag(group, "--warmup_teacher_temp", type=float, help="initial teacher temperature")
     add_flag(group, "--teacher_temp", type=float, help="teacher temperature after its warm-up")
     add_flag(group, "--warmup_teacher_temp_epochs", type=int, help="epochs over which it warms up; 0 for none")
@@ -143,6 +148,9 @@ def _check(args: argparse.Namespace) -> None:
     zero_or_more(args, "warmup_teacher_temp_epochs", "freeze_last_layer")
     above_zero(args, "teacher_temp", "warmup_teacher_temp")
     self_distillation.check(args)
+    frozen.check(args)
+    if args.recipe.startswith("continue") and not (args.init_from or args.resume):
+        raise InputError("--recipe continue starts from a trained backbone: give its checkpoint with --init_from")
     multicrop.complete(args)
 
 
@@ -161,6 +169,7 @@ METHOD = Method(
     check=_check,
     config=_config,
     watch=TeacherWatch,
+    cosmetic=frozenset({"checkpoint_key"}),
 )
 
 

@@ -87,13 +87,23 @@ class TimmBackbone(PooledBackbone):
         if self.mode != "official":
             return super().forward_dense(x, mask, need_attention)
         self.refuse_mask(mask)
+        pooled, _, patches = self.forward_tokens(x)
+        return pooled, patches, None
+
+    def forward_tokens(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """In official mode timm's feature (B, D), [CLS] (B, 1, D), None if there is none, and positions (B, N, D).
+
+        Tokens and positions are after the final norm.
+        """
         features = self.body.forward_features(x)
         pooled = self.body.forward_head(features, **({"pre_logits": True} if self.has_classifier else {}))
         patches = _as_tokens(_patches(self.name, self.body, features))
+        has_cls = features.ndim == 3 and getattr(self.body, "cls_token", None) is not None
+        tokens = [features[:, :1] if has_cls else None, patches]
         owner, attribute = _final_norm(self.body)
         if owner is not None and (owner, attribute) != (self.body, "norm"):  # timm's own features are normed by that
-            patches = _norm_of(getattr(owner, attribute), patches)
-        return pooled, patches, None
+            tokens = [None if one is None else _norm_of(getattr(owner, attribute), one) for one in tokens]
+        return pooled, *tokens
 
     def normed(self, x: Tensor) -> Tensor:
         """The final norm of (..., D), whether timm made it for tokens or for maps."""

@@ -90,6 +90,7 @@ section "Pooling operators" "--rounds 1" benchmarks.poolings
 section "Head and loss" "--rounds 1 --batch_size 4 --out_dim 1024" benchmarks.head_loss
 section "k-NN" "--rounds 1 --images 2000 --queries 200" benchmarks.knn
 section "Linear probe" "--rounds 1 --batch 2 --heads 1 10" benchmarks.linear_probe --batch 32
+section "Probes" "--rounds 1 --batch 2" benchmarks.probes
 section "Boxes of attention maps" "--maps 1 --rounds 1" benchmarks.max_box
 section "File list" "--entries 10000 --workers 2 --list_workers 1" benchmarks.file_list_memory
 if [ $# -gt 0 ]; then

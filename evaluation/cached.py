@@ -31,21 +31,26 @@ class Cached:
 
     def count(self, probe: Probe) -> Tensor:
         """Per head, percent of hits at top-1 and top-5 and mean loss over all ranks' shares: (heads, 3)."""
-        device = probe.groups[0].weight.device
+        device = probe.device
         total = torch.zeros(len(probe.heads), 3, dtype=torch.float64)
-        rows = max(1, (256 << 20) // (4 * probe.num_classes * len(probe.groups[0].lrs)))
+        rows = max(1, (256 << 20) // (4 * probe.logits_per_image))
         for start in range(0, len(self.labels), rows):
             chunk = [x[start : start + rows].to(device) for x in self.features]
             total += probe.count(chunk, self.labels[start : start + rows].to(device)).cpu()
-        everything = torch.cat([total.flatten(), torch.tensor([float(len(self.labels))], dtype=torch.float64)])
-        everything = everything.float().to(device)  # counts of images: exact up to 16 million
-        if get_world_size() > 1:
-            dist.all_reduce(everything)
-        everything = everything.double().cpu()
-        mean = everything[:-1].view_as(total) / everything[-1]
-        mean[:, :2] *= 100.0
-        mean[~mean[:, 2].isfinite(), :2] = 0.0  # a head that has diverged predicts nothing
-        return mean
+        return percent_over_ranks(total, len(self.labels), device)
+
+
+def percent_over_ranks(total: Tensor, images: int, device: torch.device) -> Tensor:
+    """Sums (heads, 3) over this rank's images -> percent at top-1 and top-5 and mean loss over all ranks' images."""
+    everything = torch.cat([total.flatten(), torch.tensor([float(images)], dtype=torch.float64)])
+    everything = everything.float().to(device)  # counts of images: exact up to 16 million
+    if get_world_size() > 1:
+        dist.all_reduce(everything)
+    everything = everything.double().cpu()
+    mean = everything[:-1].view_as(total) / everything[-1]
+    mean[:, :2] *= 100.0
+    mean[~mean[:, 2].isfinite(), :2] = 0.0  # a head that has diverged predicts nothing
+    return mean
 
 
 def cache(

@@ -52,10 +52,20 @@ def probe_features(model: nn.Module, images: Tensor, forms: Sequence[Form]) -> l
                     "none, only one feature per image: leave --n_last_blocks and --avgpool_patchtokens out"
                 )
         return [model(images)] * len(forms)
-    deepest = max(form.n for form in forms)
+    deepest = deepest_block(model, forms)
+    return features_of_layers(model.get_intermediate_layers(images, deepest), forms)
+
+
+def deepest_block(model: nn.Module, forms: Sequence[Form]) -> int:
+    """How many of the last blocks the forms need. Raises ValueError if the model has fewer."""
+    deepest = max((form.n for form in forms), default=1)
     if deepest > len(model.blocks):
         raise ValueError(f"n_last_blocks {deepest} exceeds the {len(model.blocks)} blocks of the model")
-    layers = model.get_intermediate_layers(images, deepest)  # normed tokens, the last block at the end
+    return deepest
+
+
+def features_of_layers(layers: Sequence[Tensor], forms: Sequence[Form]) -> list[Tensor]:
+    """One (B, width) tensor per form, from the normed tokens (B, T, D) of the last blocks, [CLS] first."""
     features = []
     for form in forms:
         cls = torch.cat([tokens[:, 0] for tokens in layers[-form.n :]], dim=1)  # (B, n * D)

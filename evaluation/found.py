@@ -139,8 +139,11 @@ def _tables(name: str, content: Mapping[str, Any]) -> list[tuple[str, list[str],
         return tables
     if name == "eval_linear":
         best, on = results["selected"], settings.get("selected_on", "val")
-        cells = [str(best["head"]), str(int(best["epoch"])), _two(best["val_top1"]), _two(best["val_top5"])]
-        return [(f"Linear probe (head chosen on {on})", ["head", "epoch", "top-1", "top-5"], [cells])]
+        if "probes" in results:  # attentive ones too: the best head of each
+            probes = {str(label): _best_head(row) for label, row in results["probes"].items()}
+            rows = [[label, *tops, head, epoch] for label, (head, epoch, *tops) in probes.items()]
+            return [(f"Probes (heads chosen on {on})", ["probe", "top-1", "top-5", "head", "epoch"], rows)]
+        return [(f"Linear probe (head chosen on {on})", ["head", "epoch", "top-1", "top-5"], [_best_head(best)])]
     if name == "eval_linear_saved":
         cells = [
             Path(str(settings.get("linear_weights", ""))).name,
@@ -166,6 +169,10 @@ def _tables(name: str, content: Mapping[str, Any]) -> list[tuple[str, list[str],
     if name.startswith("eval_localization_") and "baselines" in results:
         return _localization(results, settings)
     return [(name.removeprefix("eval_").replace("_", " ").capitalize(), ["", ""], _numbers(results))]
+
+
+def _best_head(row: Mapping[str, Any]) -> list[str]:
+    return [str(row["head"]), str(int(row["epoch"])), _two(row["val_top1"]), _two(row["val_top5"])]
 
 
 def _localization(

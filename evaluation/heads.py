@@ -40,6 +40,12 @@ def head_content(classifier: Mapping[str, Tensor], form: Form, lr: float, identi
 def read_head(path: Path) -> SavedHead:
     """A head saved by us or by the published program. Raises InputError if the file holds none."""
     saved = read_checkpoint(path)
+    head = saved.get("head")
+    if isinstance(head, Mapping) and "probe" in head:
+        raise InputError(
+            f"{path} holds an attentive probe ({head['probe']}), and a linear head is needed here; a run of "
+            "--probes linear writes one, best_linear.pth.tar"
+        )
     state = saved.get("state_dict", saved)
     state = state if isinstance(state, Mapping) else {}
     state = without_prefix({str(name): value for name, value in state.items()}, "module.")
@@ -48,7 +54,6 @@ def read_head(path: Path) -> SavedHead:
         raise InputError(f"{path} holds no linear head: no linear.weight and linear.bias under state_dict")
     if bias.shape != weight.shape[:1]:
         raise InputError(f"{path}: linear.weight {tuple(weight.shape)} and linear.bias {tuple(bias.shape)} don't fit")
-    head = saved.get("head")
     if head is None:
         return SavedHead(weight, bias, None, None)
     form = Form(*head["form"])

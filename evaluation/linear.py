@@ -20,15 +20,18 @@ Letters: B global batch, D width of one form of the features, H heads on it (one
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evaluation.forms import Form
+from evaluation.forms import Form, probe_features
+from evaluation.heads import head_content
+from evaluation.ranks import gather_batch
 
 # Base learning rates of the default sweep, per 256 images: the published base rate is 1e-3, ResNet-50 needs about 0.3,
 # and small models on few images more than 1.
@@ -55,11 +58,20 @@ class LinearClassifier(nn.Module):
 class HeadGroup:
     """Heads on one form of the features, one per learning rate, trained by batched SGD with momentum.
 
-    `lrs` are peak rates as the optimiser uses them. weight (H, C, D) and bias (H, C) start alike for all heads, drawn
-    from `seed`, so that a head does not depend on which others are trained with it.
+    `lrs` are peak rates as the optimiser uses them, `wds` the heads' weight decays (by default none), which act on the
+    weights alone. weight (H, C, D) and bias (H, C) start alike for all heads, drawn from `seed`, so that a head does
+    not depend on which others are trained with it.
     """
 
-    def __init__(self, dim: int, num_classes: int, lrs: Sequence[float], device: torch.device, seed: int = 0):
+    def __init__(
+        self,
+        dim: int,
+        num_classes: int,
+        lrs: Sequence[float],
+        device: torch.device,
+        seed: int = 0,
+        wds: Sequence[float] | None = None,
+    ):
         generator = torch.Generator().manual_seed(seed)
         first = torch.empty(num_classes, dim).normal_(0.0, 0.01, generator=generator)
         heads = len(lrs)
@@ -68,6 +80,7 @@ class HeadGroup:
         self.weight_momentum = torch.zeros_like(self.weight)
         self.bias_momentum = torch.zeros_like(self.bias)
         self.lrs = torch.tensor(lrs, dtype=torch.float32, device=device)
+        self.wds = torch.tensor(wds, dtype=torch.float32, device=device) if wds and any(wds) else None
 
     def logits(self, x: Tensor) -> Tensor:
         """(B, D) -> (B, H, C)."""
@@ -86,6 +99,8 @@ class HeadGroup:
         gradient /= len(x)
         flat = gradient.view(len(x), heads * classes)
         self.weight_momentum.mul_(MOMENTUM).view(heads * classes, dim).addmm_(flat.T, x)
+        if self.wds is not None:
+            self.weight_momentum.addcmul_(self.weight, self.wds.view(-1, 1, 1))
         self.bias_momentum.mul_(MOMENTUM).add_(gradient.sum(0))
         lrs = self.lrs * lr_scale
         self.weight.addcmul_(self.weight_momentum, lrs.view(-1, 1, 1), value=-1.0)
@@ -133,9 +148,17 @@ class Head:
     def name(self) -> str:
         return f"{self.form.name}, lr {self.lr:g}"
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What distinguishes it from the other heads, as a log's row has it."""
+        return {"n_last_blocks": self.form.n, "avgpool_patchtokens": self.form.avgpool, "lr": self.lr}
+
 
 class Probe:
-    """All heads of a sweep: the grid of forms and base learning rates, on one global batch size."""
+    """All heads of a sweep: the grid of forms and base learning rates, on one global batch size.
+
+    wds: weight decays to combine with every rate, by default none.
+    """
 
     def __init__(
         self,
@@ -146,12 +169,24 @@ class Probe:
         global_batch: int,
         device: torch.device,
         seed: int = 0,
+        wds: Sequence[float] = (0.0,),
     ):
         peaks = [lr * global_batch / 256.0 for lr in lrs]
-        self.groups = [HeadGroup(dim, num_classes, peaks, device, seed) for dim in dims]
+        grid = [peak for peak in peaks for _ in wds], [wd for _ in peaks for wd in wds]
+        self.groups = [HeadGroup(dim, num_classes, grid[0], device, seed, grid[1]) for dim in dims]
         self.forms = list(forms)
-        self.heads = [Head(form, lr) for form in forms for lr in lrs]
-        self.num_classes = num_classes
+        self.heads = [Head(form, lr) for form in forms for lr in lrs for _ in wds]
+        self.num_classes, self.device = num_classes, device
+
+    def inputs(self, model: nn.Module, images: Tensor) -> list[Tensor]:
+        """What the heads see of (B, C, H, W) images: one (B, D) per form."""
+        return probe_features(model, images, self.forms)
+
+    @torch.no_grad()
+    def learn(self, features: Sequence[Tensor], target: Tensor, lr_scale: float) -> Tensor:
+        """`step` on the batches of all ranks together; features and labels are this rank's."""
+        batch, target = gather_batch([x.float() for x in features], target)
+        return self.step(batch, target, lr_scale)
 
     def step(self, features: Sequence[Tensor], target: Tensor, lr_scale: float) -> Tensor:
         """One step of every head; features: one (B, D) per form, of the global batch. Returns losses (heads,)."""
@@ -161,14 +196,13 @@ class Probe:
     @torch.no_grad()
     def count(self, features: Sequence[Tensor], target: Tensor) -> Tensor:
         """Per head: hits at top-1, hits at top-5, and the sum of losses over the batch, (heads, 3) float64."""
-        rows = []
-        for group, x in zip(self.groups, features, strict=True):
-            logits = group.logits(x)  # (B, H, C)
-            ranked = logits.topk(min(5, self.num_classes), dim=2).indices == target.view(-1, 1, 1)
-            log_p = F.log_softmax(logits, dim=2)
-            loss = -log_p.gather(2, target.view(-1, 1, 1).expand(-1, logits.shape[1], 1)).sum((0, 2))
-            rows.append(torch.stack([ranked[..., 0].sum(0), ranked.sum((0, 2)), loss], dim=1))
-        return torch.cat(rows).double() if rows[0].device.type != "mps" else torch.cat(rows).cpu().double()
+        rows = [hits_and_losses(g.logits(x), target) for g, x in zip(self.groups, features, strict=True)]
+        return in_double(torch.cat(rows))
+
+    @property
+    def logits_per_image(self) -> int:
+        """Numbers that `count` holds for an image at once."""
+        return self.num_classes * len(self.groups[0].lrs)
 
     def state(self) -> list[dict[str, Tensor]]:
         return [group.state() for group in self.groups]
@@ -183,6 +217,24 @@ class Probe:
         """Head number `head` of `heads` under the published names."""
         per_group = len(self.groups[0].lrs)
         return self.groups[head // per_group].classifier(head % per_group)
+
+    def content(self, head: int, made_by: Mapping[str, Any]) -> dict[str, Any]:
+        """What a file says of head number `head`; made_by: see evaluation.identity."""
+        return head_content(self.classifier(head), self.heads[head].form, self.heads[head].lr, made_by)
+
+
+def hits_and_losses(logits: Tensor, target: Tensor) -> Tensor:
+    """(B, H, C) logits -> per head the hits at top-1, those at top-5 and the sum of losses, (H, 3)."""
+    heads, classes = logits.shape[1:]
+    ranked = logits.topk(min(5, classes), dim=2).indices == target.view(-1, 1, 1)
+    log_p = F.log_softmax(logits, dim=2)
+    loss = -log_p.gather(2, target.view(-1, 1, 1).expand(-1, heads, 1)).sum((0, 2))
+    return torch.stack([ranked[..., 0].sum(0), ranked.sum((0, 2)), loss], dim=1)
+
+
+def in_double(numbers: Tensor) -> Tensor:
+    """The numbers in float64, on the CPU if the device has none."""
+    return numbers.double() if numbers.device.type != "mps" else numbers.cpu().double()
 
 
 def split_train(labels: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -57,7 +57,7 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser, many: bool = False) ->
     add_flag(group, "--pool_depth", type=int, default=None,
              help="blocks left out at the end (default: the checkpoint's, or 0)")  # fmt: skip
     add_flag(group, "--stem", choices=STEMS, default=None,
-             help="a ResNet's stem: small for small images (default: the checkpoint's, or standard)")  # fmt: skip
+             help="convolutional stem, small for small images (default: the checkpoint's, or standard)")  # fmt: skip
     add_flag(group, "--patch_size", type=int, default=None, help="pixels per patch (default: the checkpoint's, or 16)")
     add_flag(
         group, "--img_size", type=int, default=None, help="input side in pixels (default: the checkpoint's, or 224)"

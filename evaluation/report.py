@@ -264,9 +264,10 @@ def _curves(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> str
 
 
 def _pictures(folder: Path, problems: list[str]) -> str:
-    """Attention grids and masks of the folder and those below it."""
+    """Attention grids, masks and probes' maps of the folder and those below it."""
     paths = [*sorted(folder.glob("attention*.png")), *sorted(folder.glob("masks.png"))]
     paths += [path for name in ("grid", "masks") for path in sorted(folder.glob(f"**/attention/{name}.png"))[:4]]
+    paths += sorted(folder.glob("**/probe_maps/probes.png"))[:4]
     parts = []
     for path in paths[:8]:
         try:

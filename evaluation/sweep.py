@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from data.loader import normalize
-from evaluation import heads, identity, plots, records
-from evaluation.forms import probe_features
+from evaluation import identity, plots, records
 from evaluation.linear import Probe
 from runtime.checkpoint import read_checkpoint, save_on_master
-from runtime.distributed import barrier, get_world_size, is_main_process
+from runtime.distributed import barrier, is_main_process
 from runtime.guards import InputError, input_errors
 from runtime.json_log import JsonLog, cut_json_lines
 from runtime.progress import progress
@@ -27,35 +26,24 @@ def train_epoch(
     model: nn.Module,
     probe: Probe,
     loader: Iterable,
-    lr_scale: float,
+    lr_scale: float | Sequence[float],
     device: torch.device,
     amp_dtype: torch.dtype | None = None,
     desc: str = "",
 ) -> list[float]:
-    """One pass over the training images; returns each head's mean loss."""
+    """One pass over the training images, each of which passes through the model once; returns each head's mean loss.
+
+    lr_scale: part of the peak learning rates, one for the epoch or one for each of its steps.
+    """
+    scales = itertools.repeat(lr_scale) if isinstance(lr_scale, float) else lr_scale
     total, steps = torch.zeros(len(probe.heads), device=device), 0
-    for images, target in progress(loader, len(loader), desc):
-        with torch.no_grad():
-            with torch.autocast(device.type, dtype=amp_dtype or torch.bfloat16, enabled=amp_dtype is not None):
-                batch = probe_features(model, normalize(images.to(device, non_blocking=True)), probe.forms)
-            batch, target = gather_batch([x.float() for x in batch], target.to(device, non_blocking=True))
-            total += probe.step(batch, target, lr_scale)
+    for (images, target), scale in zip(progress(loader, len(loader), desc), scales, strict=False):
+        half = torch.autocast(device.type, dtype=amp_dtype or torch.bfloat16, enabled=amp_dtype is not None)
+        with torch.no_grad(), half:
+            batch = probe.inputs(model, normalize(images.to(device, non_blocking=True)))
+        total += probe.learn(batch, target.to(device, non_blocking=True), scale)
         steps += 1
     return (total / steps).tolist()
-
-
-def gather_batch(batch: list[Tensor], target: Tensor) -> tuple[list[Tensor], Tensor]:
-    """The global batch on every rank, in the order of ranks: features per form and labels."""
-    world = get_world_size()
-    if world == 1:
-        return batch, target
-    widths = [x.shape[1] for x in batch]
-    joined = torch.cat(batch, dim=1)
-    pieces = [torch.empty_like(joined) for _ in range(world)]
-    dist.all_gather(pieces, joined)
-    targets = [torch.empty_like(target) for _ in range(world)]
-    dist.all_gather(targets, target)
-    return [part.contiguous() for part in torch.cat(pieces).split(widths, dim=1)], torch.cat(targets)
 
 
 def end_of_grid(best: float, lrs: Iterable[float]) -> str | None:
@@ -66,6 +54,9 @@ def end_of_grid(best: float, lrs: Iterable[float]) -> str | None:
     side, factors = ("largest", (3, 10)) if best == tried[-1] else ("smallest", (0.3, 0.1))
     further = " ".join(f"{best * factor:g}" for factor in factors)
     return f"note: the best rate, {best:g}, is the {side} that was tried; try further ones too: --lr {further}"
+
+
+PROBE_KEYS = ("probes", "probe_recipe", "wds")  # of a run's identity, if it has --probes
 
 
 class Sweep:
@@ -91,13 +82,15 @@ class Sweep:
                 f"{self.last_path} is a published head, which cannot be resumed here: give another --output_dir, or "
                 "validate it with --evaluate"
             )
+        keys = dict.fromkeys([*self.identity, *(key for key in PROBE_KEYS if key in theirs)])
         identity.require_same(
-            theirs, self.identity, self.identity, f"{self.last_path} is of another run",
+            theirs, self.identity, keys, f"{self.last_path} is of another run",
             "Restore the settings, give another --output_dir, or remove the file to start over",
         )  # fmt: skip
         with input_errors(str(self.last_path)):
             self.probe.load(saved["optimizer"]["heads"])
         self.best, self.rows = saved["best"], saved["rows"]
+        self.restore(saved)
         if is_main_process():
             cut_json_lines(self.log_path, saved["epoch"])
         say(f"resuming from {self.last_path} at epoch {saved['epoch']}")
@@ -108,9 +101,7 @@ class Sweep:
         self.rows = [
             {
                 "head": head.name,
-                "n_last_blocks": head.form.n,
-                "avgpool_patchtokens": head.form.avgpool,
-                "lr": head.lr,
+                **head.settings,
                 "train_loss": loss,
                 "val_loss": v[2],
                 "selection_top1": s[0],
@@ -133,8 +124,7 @@ class Sweep:
 
     def _content(self, epoch: int, number: int) -> dict[str, Any]:
         """One head under the published names, and what made it."""
-        head = self.probe.heads[number]
-        content = heads.head_content(self.probe.classifier(number), head.form, head.lr, self.identity)
+        content = self.probe.content(number, self.identity)
         return {"epoch": epoch, "best_acc": self.best.get("val_top1", 0.0), **content}
 
     def save(self, epoch: int) -> None:
@@ -145,9 +135,21 @@ class Sweep:
             "scheduler": {"last_epoch": epoch},
             "best": self.best,
             "rows": self.rows,
+            **self.extra(),
         }
         save_on_master(content, self.last_path)
         barrier()
+
+    def extra(self) -> dict[str, Any]:
+        """What a kind of sweep adds to checkpoint.pth.tar."""
+        return {}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Take over what `extra` gave."""
+
+    def results(self) -> dict[str, Any]:
+        """The results for the JSON: the selected head, the last numbers of all, and the time since the start."""
+        return {"selected": self.best, "heads": self.rows, "seconds": round(time.monotonic() - self.started, 1)}
 
     def finish(self, selected_on: str) -> dict[str, Any]:
         """Table and plot; returns the results for the JSON."""
@@ -164,4 +166,4 @@ class Sweep:
             say(note)
         if is_main_process() and len(self.rows) > 1:
             plots.plot_heads(self.rows, best, selected_on, self.folder / "eval_linear.png")
-        return {"selected": best, "heads": self.rows, "seconds": round(time.monotonic() - self.started, 1)}
+        return self.results()

@@ -1,14 +1,17 @@
 # Sourced by the experiments' run.sh: `settle "$@"` reads their common flags, `variant LABEL FLAGS...` trains one variant
-# with every seed, and `finish` says what to do with the runs. Flags:
-#   --data_path DATA     images with labels, anything that --data_path of main_supervised.py takes (required)
+# with every seed, and `finish` says what to do with the runs. A run.sh sets `program` if it trains with another one than
+# main_supervised.py, and defines `measure FOLDER` if finished runs are evaluated; what that leaves in FOLDER counts. Flags:
+#   --data_path DATA     images with labels, anything that --data_path of the program takes (required)
 #   --output_dir FOLDER  where the runs go, one folder LABEL/seedN each (default: output/experiments/NAME)
 #   --seeds N [N ...]    default: 0 1 2
 #   --only LABEL [...]   some of the variants (default: all)
-# All other flags go to main_supervised.py, after the experiment's own, so that they win: --arch, --epochs, --recipe ...
+# All other flags go to the program, after the experiment's own, so that they win: --arch, --epochs, --recipe ...
 # Start the same command again to continue: finished runs are left out, and an interrupted one goes on where it was.
 # From the environment: NPROC processes (default: one per visible GPU; 1 without a GPU).
 
 source "$(dirname "${BASH_SOURCE[0]}")/../run_scripts/environment.sh"
+
+program=(main_supervised.py)
 
 settle() {
     experiment=$(basename "$(cd "$(dirname "$0")" && pwd)")
@@ -51,27 +54,38 @@ settle() {
     known=()
 }
 
-variant() { # label, flags of main_supervised.py
-    local label=$1 seed folder code
+variant() { # label, flags of the program
+    local label=$1 seed folder
     shift
     known+=("$label")
     if [ ${#only[@]} -gt 0 ] && [[ " ${only[*]} " != *" $label "* ]]; then return 0; fi
     for seed in "${seeds[@]}"; do
         folder=$output/$label/seed$seed
         if [ -e "$folder/DONE" ]; then
-            echo "== $label, seed $seed: done"
-            continue
+            echo "== $label, seed $seed: trained"
+        else
+            echo "== $label, seed $seed: $folder"
+            try "$label, seed $seed" "$folder" \
+                "${launch[@]}" "${program[@]}" "$@" "${more[@]}" --data_path "$data" --output_dir "$folder" --seed "$seed" ||
+                continue
         fi
-        echo "== $label, seed $seed: $folder"
-        code=0
-        "${launch[@]}" main_supervised.py "$@" "${more[@]}" --data_path "$data" --output_dir "$folder" --seed "$seed" ||
-            code=$?
-        if [ "$code" -eq 75 ] || [ -e "$folder/PREEMPTED" ] || [ "$code" -ge 128 ]; then
-            echo "stopped; the same command continues" >&2
-            exit 75
+        if declare -F measure >/dev/null && [ ! -e "$folder/MEASURED" ]; then
+            try "$label, seed $seed: evaluation" "$folder" measure "$folder" && touch "$folder/MEASURED"
         fi
-        [ "$code" -eq 0 ] || failed+=("$label, seed $seed (exit code $code)")
     done
+    return 0
+}
+
+try() { # what, folder of the run, command...
+    local what=$1 folder=$2 code=0
+    shift 2
+    "$@" || code=$?
+    if [ "$code" -eq 75 ] || [ -e "$folder/PREEMPTED" ] || [ "$code" -ge 128 ]; then
+        echo "stopped; the same command continues" >&2
+        exit 75
+    fi
+    [ "$code" -eq 0 ] || failed+=("$what (exit code $code)")
+    return "$code"
 }
 
 finish() { # prints what failed and what follows; the exit code tells if anything failed

@@ -28,12 +28,19 @@ def place(model: nn.Module, choice: hardware.Choice, fsdp: bool) -> nn.Module:
     return model
 
 
-def exchanging_gradients(student: nn.Module, choice: hardware.Choice, fsdp: bool) -> nn.Module:
-    """The student in DistributedDataParallel if there are several processes and it is not sharded."""
+def exchanging_gradients(
+    student: nn.Module, choice: hardware.Choice, fsdp: bool, sometimes_frozen: bool = False
+) -> nn.Module:
+    """The student in DistributedDataParallel if there are several processes and it is not sharded.
+
+    sometimes_frozen: whether some parameters have no gradients in a part of the run; looking for them costs a little.
+    """
     if fsdp:
         choice.lines.append(sharding.description(student))
         return student
     if get_world_size() == 1:
         return student
     ids = [choice.device.index] if choice.device.type == "cuda" else None
-    return DistributedDataParallel(student, device_ids=ids, gradient_as_bucket_view=True)
+    return DistributedDataParallel(
+        student, device_ids=ids, gradient_as_bucket_view=True, find_unused_parameters=sometimes_frozen
+    )

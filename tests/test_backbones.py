@@ -137,11 +137,11 @@ def test_resolve_gamma(arch, gamma, resolved):
         ("resnet18", "small", 224, "small"), ("vit_tiny", "auto", 32, "standard"),
         ("convnext_tiny", "auto", 32, "standard"), ("vit_tiny", "standard", 32, "standard"),
         ("resnet10t", "auto", 32, "small"), ("vgg11", "auto", 32, "standard"), ("test_vit", "auto", 32, "standard"),
-        ("efficientnet_b0", "auto", 32, "standard"), ("efficientnet_b0", "small", 32, "small"),
+        ("efficientnet_b0", "auto", 32, "small"), ("convnext_atto", "auto", 32, "standard"),
     ],
 )  # fmt: skip
 def test_resolve_stem(arch, stem, size, resolved):
-    """auto is small for ResNets, ours and timm's, below 64 pixels if their stem can be; what was chosen stays."""
+    """auto is small below 64 pixels for convolutional networks whose stem can be; what was chosen stays."""
     assert resolve_stem(arch, stem, size) == resolved
 
 

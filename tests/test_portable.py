@@ -28,6 +28,27 @@ def test_what_a_file_does_not_tell_is_named(tmp_path):
         portable.load(tmp_path / "w.pth")
 
 
+@pytest.mark.parametrize("stem", ["small", "standard"])
+def test_a_recorded_stem_is_built_again(tmp_path, stem):
+    """By portable, torch.hub and the evaluations alike, from a checkpoint and from its weights alone."""
+    import backbones
+    import hubconf
+    from utils import load_checkpoint_model
+
+    model = backbones.build_backbone("resnet18", "simpool", img_size=32, stem=stem).eval()
+    weights = {f"backbone.{name}": value for name, value in model.state_dict().items()}
+    config = {"arch": "resnet18", "mode": "simpool", "gamma": 2.0, "img_size": 32, "in_chans": 3, "stem": stem}
+    torch.save({"teacher": weights, "config": config}, tmp_path / "c.pth")
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    x = torch.ones(1, 3, 32, 32)
+    for found in (
+        portable.load(tmp_path / "c.pth"), portable.load(tmp_path / "w.pth"),
+        hubconf.resnet18_simpool(pretrained=str(tmp_path / "c.pth")).eval(),
+        load_checkpoint_model(tmp_path / "c.pth").model,
+    ):  # fmt: skip
+        assert torch.equal(found.get_attention_map(x), model.get_attention_map(x))
+
+
 def test_a_classifier_is_added_on_request(tmp_path):
     """Logits are the features times the head that lies with them, here as training with labels writes it."""
     checkpoint = labelled_checkpoint(tmp_path / "c.pth")

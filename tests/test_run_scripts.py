@@ -30,6 +30,9 @@ EXPECTED = {
     "attmask_vit_small_high": {"pred_shape": "attmask_high", "teacher_temp": "0.07", "shared_head": "True"},
     "attmask_vit_small_high_300ep": {"pred_shape": "attmask_high", "epochs": "300", "global_batch_size": "800"},
     "attmask_vit_small_imagenet20": {"momentum_teacher": "0.99", "local_crops_number": "6", "subset": "260"},
+    "imagenette_resnet18": {"arch": "resnet18", "lr": "0.06", "global_batch_size": "256", "img_size": "128"},
+    "cifar_resnet18": {"arch": "resnet18", "stem": "small", "global_batch_size": "128", "head_layers": "2"},
+    "cifar_vit": {"arch": "vit_tiny", "patch_size": "4", "img_size": "32", "local_crops_number": "0"},
     "attmask_ibot": {"pred_shape": "block", "local_crops_number": "10"},
     **{
         f"supervised_{arch}_{mode}{'_300ep' if epochs == '300' else ''}": {
@@ -57,6 +60,18 @@ def test_fine_tuning_resolves_to_the_published_values(tmp_path):
     assert {key: values[key] for key in expected} == expected
     assert float(values["lr"]) == 7.5e-6 * 900 / 512
     assert run("finetune", DATA="demo", CHECKPOINT="").returncode == 2
+
+
+@pytest.mark.full
+def test_continuing_takes_the_model_from_the_checkpoint(tmp_path):
+    """continue.sh takes the checkpoint's model and the gentle recipe; without a checkpoint it says so."""
+    checkpoint = tiny_checkpoint(tmp_path / "checkpoint.pth")
+    done = run("continue", "--dry_run", "--img_size", "32", DATA="demo", CHECKPOINT=str(checkpoint))
+    assert done.returncode == 0, done.stderr
+    values = {line.split()[0]: line.split()[1] for line in done.stdout.splitlines() if len(line.split()) > 1}
+    expected = {"embed_dim": "24", "freeze_backbone_epochs": "2", "lr": "5e-05", "checkpoint_key": "teacher"}
+    assert {key: values[key] for key in expected} == expected
+    assert run("continue", DATA="demo", CHECKPOINT="").returncode == 2
 
 
 def run(script: str, *flags: str, **env: str) -> subprocess.CompletedProcess:
@@ -89,7 +104,7 @@ def test_a_recipe_resolves_to_the_published_values(script):
 def test_every_recipe_is_tested():
     """No script that calls `recipe` is missing above."""
     scripts = {path.stem for path in SCRIPTS.glob("*.sh") if "\nrecipe " in path.read_text()}
-    assert scripts == set(EXPECTED) | {"finetune"}
+    assert scripts == set(EXPECTED) | {"finetune", "continue"}
 
 
 def test_without_data_it_says_what_to_set():

@@ -56,7 +56,7 @@ def choose_stem(args: argparse.Namespace) -> None:
         args.stem = backbones.resolve_stem(args.arch, asked, args.img_size)
     except ValueError as error:
         raise InputError(f"--stem {asked}: {error}") from error
-    if asked != "auto" or args.img_size >= backbones.SMALL_IMAGES or backbones.family(args.arch) != "resnet":
+    if asked != "auto" or args.img_size >= backbones.SMALL_IMAGES or backbones.family(args.arch) == "vit":
         return
     if args.stem == "small":
         args.sources["stem"] = _BY_SIZE
@@ -76,7 +76,7 @@ def keep_stem(args: argparse.Namespace, begun_with: Mapping[str, Any]) -> None:
 
     begun_with: the arguments of the run that is continued; empty for a new run.
     """
-    before = begun_with.get("stem", FORMER_DEFAULTS["stem"]) if begun_with else args.stem
+    before = begun_with.get("stem", FORMER_DEFAULTS["stem"]) if "arch" in begun_with else args.stem
     if args.sources.get("stem") == _BY_SIZE and before != args.stem and before in backbones.STEMS:
         args.stem, args.sources["stem"] = before, "as the run began"
         args.notes = [note for note in args.notes if "has a small stem" not in note]

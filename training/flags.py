@@ -16,7 +16,7 @@ FORMER_DEFAULTS = {
     "use_beta": None, "pool_position": None, "pool_depth": 0, "pooling_args": None, "stem": "standard",
     "global_crops_number": 2, "blur_prob": (1.0, 0.1, 0.5), "solarize_prob": 0.2, "jitter": (0.4, 0.4, 0.2, 0.1),
     "jitter_prob": 0.8, "gray_prob": 0.2, "momentum_teacher_end": 1.0, "head_layers": 3, "head_hidden_dim": 2048,
-    "bottleneck_dim": 256,
+    "bottleneck_dim": 256, "freeze_backbone_epochs": 0,
 }  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
     add_flag(group, "--pool_depth", type=int, default=0,
              help="leave out this many blocks at the end and pool that much earlier; 0 for none")  # fmt: skip
     add_flag(group, "--stem", default="auto", choices=("auto", *STEMS),
-             help="stem of ResNets: small is 3x3 without stride or max-pool; auto: small below 64 pixels")  # fmt: skip
+             help="convolutional stem: small has no stride or pooling; auto: small below 64 pixels")  # fmt: skip
     add_flag(group, "--patch_size", type=int, default=16, help="side of a ViT's patches, in pixels")
     add_flag(group, "--embed_dim", type=int, help="width of a ViT, in place of the architecture's")
     add_flag(group, "--depth", type=int, help="number of a ViT's blocks, in place of the architecture's")

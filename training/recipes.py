@@ -1,8 +1,9 @@
 """Published recipes: from an architecture's name to the defaults of its family.
 
 The SimPool recipes are those of its paper's 100-epoch ImageNet-1k runs, for ViT-S/16, ResNet-50 and ConvNeXt-S, with
-DINO and with labels; `dino` is DINO's own for ViT-S/16, `finetune` is AttMask's transfer. A recipe sets only what
-differs between those of its method; the user's flags win.
+DINO and with labels; `dino` is DINO's own for ViT-S/16, `finetune` is AttMask's transfer; those for small
+images and for continuing are in recipes_small.py. A recipe sets only what differs between those of its method; the
+user's flags win.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import argparse
 from typing import Any
 
 from backbones import family
-from training import recipes_attmask
+from training import recipes_attmask, recipes_small
 
 _SIMPOOL_VIT = {
     "batch_size_per_gpu": 100,
@@ -208,6 +209,10 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "simpool_convnext": _SIMPOOL_CONVNEXT,
         "dino": _DINO,
         "demo": _DEMO,
+        **recipes_small.RECIPES,
+        "continue_vit": recipes_small.continued(_SIMPOOL_VIT),
+        "continue_resnet": recipes_small.continued(_SIMPOOL_RESNET),
+        "continue_convnext": recipes_small.continued(_SIMPOOL_CONVNEXT),
     },
     "attmask": recipes_attmask.RECIPES,
     "supervised": {
@@ -224,7 +229,8 @@ def find(method: str, arch: str, recipe: str = "auto") -> tuple[str, dict[str, A
     """The full name and the values of a recipe; a method without recipes has an empty one, named "none".
 
     `auto` and `simpool` mean the recipe of the architecture's family; `official` does too, in supervised training,
-    where both poolings share one. Raises ValueError for an unknown recipe.
+    where both poolings share one. A name such as `cifar`, of which there is one for each family, means
+    `cifar_FAMILY`. Raises ValueError for an unknown recipe, and for one that the family does not have.
     """
     known = RECIPES.get(method, {})
     if recipe == "auto" and not known:
@@ -235,6 +241,11 @@ def find(method: str, arch: str, recipe: str = "auto") -> tuple[str, dict[str, A
     if recipe in ("auto", "simpool", "official"):
         named = [family(arch)] if recipe == "official" else [f"simpool_{family(arch)}", family(arch)]
         name = next((n for n in named if n in known), recipe)
+    if name not in known and f"{recipe}_{family(arch)}" in known:
+        name = f"{recipe}_{family(arch)}"
+    families = [other.removeprefix(f"{recipe}_") for other in known if other.startswith(f"{recipe}_")]
+    if name not in known and families:
+        raise ValueError(f"--recipe {recipe!r} has no values for {arch}; it is for {' and '.join(families)} networks")
     if name not in known:
         raise ValueError(f"--recipe {recipe!r} is unknown; choose {', '.join(['auto', *known])}")
     return name, known[name]

@@ -152,7 +152,8 @@ class Run:
         self._skeletons = [sharding.skeleton(model) for model in models] if args.fsdp else []
         models = [place(model, choice, args.fsdp) for model in models]
         self.teacher = models[1] if teacher is not None else None
-        self.student = exchanging_gradients(models[0], choice, args.fsdp)
+        sometimes_frozen = bool(getattr(args, "freeze_backbone_epochs", 0))
+        self.student = exchanging_gradients(models[0], choice, args.fsdp, sometimes_frozen)
         self.loss = loss.to(choice.device)
         grouped = groups(self.student)
         self._decaying = [i for i, group in enumerate(grouped) if "weight_decay" not in group]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import backbones
-from benchmarks import knn, linear_probe
+from benchmarks import knn, linear_probe, probes
 
 
 def test_both_knns_find_the_same():
@@ -41,3 +41,13 @@ def test_probes_of_every_size_are_timed(arch):
     seconds = linear_probe.compare(model, images, target, classes=5, heads=[1, 3], rounds=1)
     assert seconds.keys() == {1, 3}
     assert all(whole > 0 and heads > 0 for whole, heads in seconds.values())
+
+
+def test_every_probe_is_timed_beside_the_backbone():
+    """Each probe has a time, and so has the pass that they share."""
+    model = backbones.build_backbone("vit_tiny", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2).eval()
+    images, target = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8), torch.arange(4)
+    names = ["linear", "ep:queries=8", "ep_all:queries=8"]
+    seconds = probes.compare(model, images, target, classes=5, probes=names, heads=2, rounds=1)
+    assert list(seconds) == ["backbone", *names]
+    assert all(value > 0 for value in seconds.values())

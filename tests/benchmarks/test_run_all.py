@@ -44,9 +44,9 @@ def test_an_interrupted_run_keeps_its_tables_and_goes_on(tmp_path):
     code, modules, document = run(tmp_path)
     assert code == 0
     assert modules[0] == "benchmarks.startup"
-    assert document.count("| table of") == 20
+    assert document.count("| table of") == 21
     assert "Interrupted" not in document
-    assert len(run(tmp_path)[1]) == 21, "a complete run is followed by a new one"
+    assert len(run(tmp_path)[1]) == 22, "a complete run is followed by a new one"
 
 
 def test_a_failing_benchmark_does_not_stop_the_others(tmp_path):
@@ -65,4 +65,4 @@ def test_quick_numbers_stay_out_of_the_document(tmp_path):
     code, modules, printed = run(tmp_path, "--quick", "IMAGES")
     assert code == 0
     assert "benchmarks.into_docs" not in modules
-    assert printed.count("| table of") == 22
+    assert printed.count("| table of") == 23

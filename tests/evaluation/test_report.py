@@ -217,3 +217,21 @@ def test_an_evaluation_refreshes_the_page_of_its_run(tmp_path, monkeypatch, caps
     monkeypatch.setattr(report, "write_text_atomic", full)
     report.refresh_report(tmp_path / "checkpoint.pth")
     assert "was not refreshed (no space left)" in capsys.readouterr().out
+
+
+def test_probes_have_a_row_each_and_their_maps_are_shown(tmp_path):
+    """The best head of every probe is on the page, compared by probe and not by head; so is what they look at."""
+    write_run(tmp_path)
+    best = {"head": "ep, lr 0.1", "epoch": 3, "val_top1": 71.5, "val_top5": 95.0}
+    for folder, top1 in (("before", 71.5), ("after", 82.25)):
+        rows = {"linear": {**best, "head": "linear on 1 block, lr 1"}, "ep": {**best, "val_top1": top1}}
+        write_evaluation(tmp_path / folder, "eval_linear", {"selected": best, "probes": rows, "heads": []},
+                         date=folder, settings={"selected_on": "val"})  # fmt: skip
+    (tmp_path / "after" / "probe_maps").mkdir()
+    (tmp_path / "after" / "probe_maps" / "probes.png").write_bytes(b"picture")
+    text = report.write_report(tmp_path).read_text()
+    assert "Probes (heads chosen on val)" in text
+    assert base64.b64encode(b"picture").decode() in text
+    _, rows = report.comparison([e for e in report.find_evaluations(tmp_path) if not e.problem])
+    (ep,) = [values for name, *values in rows if name.endswith("probe ep")]
+    assert sorted(filter(None, ep)) == ["71.50", "82.25"]

@@ -15,10 +15,12 @@ STAND_IN = """#!/bin/bash
 [ "$1" = - ] && exit 0
 if [ "$1" = -c ]; then case $2 in *MODES*) echo "$MODES" ;; *) echo 1 ;; esac; exit 0; fi
 echo "$*" >>"$CALLS"
+CALLED=$*
 while [ $# -gt 0 ]; do [ "$1" = --output_dir ] && folder=$2; shift; done
 mkdir -p "$folder"
 case $folder in
-*/$FAILING/*) exit 2 ;;
+*/$FAILING/*) case $CALLED in eval_*) ;; *) exit 2 ;; esac ;;
+*/$UNMEASURED/*) case $CALLED in eval_*) exit 1 ;; esac ;;
 */$PREEMPTED/seed1) touch "$folder/PREEMPTED"; exit 75 ;;
 esac
 touch "$folder/DONE"
@@ -26,14 +28,14 @@ touch "$folder/DONE"
 
 
 def run(folder: Path, name: str, *flags: str, **env: str) -> tuple[int, list[list[str]], str]:
-    """Exit code, what main_supervised.py was called with, and what was printed."""
+    """Exit code, what Python was called with, and what was printed."""
     python = folder / "python"
     python.write_text(STAND_IN)
     python.chmod(0o755)
     calls = folder / "calls"
     calls.write_text("")
     settings = {"PATH": f"{folder}:{os.environ['PATH']}", "CALLS": str(calls), "MODES": " ".join(MODES),
-                "FAILING": "-", "PREEMPTED": "-", "NPROC": "1", **env}  # fmt: skip
+                "FAILING": "-", "UNMEASURED": "-", "PREEMPTED": "-", "NPROC": "1", **env}  # fmt: skip
     done = subprocess.run(
         ["bash", str(EXPERIMENTS / name / "run.sh"), *flags],
         env={**os.environ, **settings}, capture_output=True, text=True, check=False,
@@ -115,3 +117,64 @@ def test_bad_input_leaves_with_code_2(tmp_path, flags, message):
     code, calls, printed = run(tmp_path, "pooling", *flags, "--output_dir", str(tmp_path / "out"))
     assert (code, calls) == (2, [])
     assert message in printed
+
+
+SELF_SUPERVISED = {
+    "simpool": ["vit_official", "resnet_official", "vit_simpool", "resnet_simpool"],
+    "precision": ["vit_none", "resnet_none", "vit_bf16", "resnet_bf16"],
+    "published": ["vit_ours", "resnet_ours", "vit_plain", "resnet_plain"],
+    "attmask": ["attmask_high", "attmask_hint", "attmask_low", "rand", "block"],
+}
+
+
+@pytest.mark.parametrize("name", SELF_SUPERVISED)
+def test_finished_runs_are_evaluated_once(tmp_path, name):
+    """Each run is trained, then measured in its folder; a failed evaluation is tried again, a finished one is not."""
+    labels = SELF_SUPERVISED[name]
+    flags = ["--data_path", "demo", "--output_dir", str(tmp_path / "out"), "--seeds", "0", "--epochs", "2"]
+    code, calls, printed = run(tmp_path, name, *flags, UNMEASURED=labels[1])
+    assert code == 1, printed
+    assert f"failed: {labels[1]}, seed 0: evaluation" in printed
+    trained = [call for call in calls if not call[0].startswith("eval_")]
+    assert [Path(call[call.index("--output_dir") + 1]).parent.name for call in trained] == labels
+    folders = [call[call.index("--output_dir") + 1] for call in calls if call[0] == "eval_knn.py"]
+    assert folders == [str(tmp_path / "out" / label / "seed0") for label in labels]
+    code, calls, printed = run(tmp_path, name, *flags)
+    assert code == 0, printed
+    assert {call[0][:5] for call in calls} == {"eval_"}
+    assert {Path(call[call.index("--output_dir") + 1]).parent.name for call in calls} == {labels[1]}
+
+
+@pytest.mark.parametrize("name", [*SELF_SUPERVISED, "pooling", "depth", "gamma"])
+def test_the_programs_take_what_the_scripts_give(tmp_path, name):
+    """Every command line of the scripts is read by the program that it is for, and completed without an error."""
+    import main_attmask
+    import main_dino
+    import main_supervised
+    from eval_knn import get_args_parser as knn_flags
+
+    parse = {"main_dino.py": main_dino.parse_arguments, "main_attmask.py": main_attmask.parse_arguments,
+             "main_supervised.py": main_supervised.parse_arguments, "-m": main_dino.parse_arguments}  # fmt: skip
+    flags = ["--data_path", "demo", "--output_dir", str(tmp_path / "out"), "--seeds", "0", "--img_size", "32"]
+    _, calls, printed = run(tmp_path, name, *flags)
+    assert calls, printed
+    for call in calls:
+        if call[0] in parse:
+            parse[call[0]](call[2:] if call[0] == "-m" else call[1:])
+        elif call[0] == "eval_knn.py":
+            knn_flags().parse_args(call[1:])
+
+
+def test_localisation_measures_the_models_of_the_other_question(tmp_path):
+    """Each finished run's map is measured by each protocol that it has; a missing run is named."""
+    runs, out = tmp_path / "runs", tmp_path / "out"
+    for label in ("vit_official", "vit_simpool"):
+        (runs / label / "seed0").mkdir(parents=True)
+        (runs / label / "seed0" / "DONE").touch()
+        (runs / label / "seed0" / "config.json").write_text("{}")
+    flags = ["--data_path", str(tmp_path), "--runs", str(runs), "--output_dir", str(out), "--seeds", "0"]
+    code, calls, printed = run(tmp_path, "localization", *flags)
+    assert (code, len(calls)) == (1, 4)
+    assert "resnet_simpool/seed0 is no finished run" in printed
+    assert {call[call.index("--protocol") + 1] for call in calls} == {"maxboxacc", "dino_seg"}
+    assert (out / "vit_simpool" / "seed0" / "DONE").exists()

@@ -29,9 +29,9 @@ MUTATIONS = [
     ),
     *of_file(
         "eval_linear.py",
-        ("probe_without_its_cosine", "linear.cosine_factor(epoch, args.epochs)", "1.0",
+        ("probe_without_its_cosine", "plan.recipe.scales(epoch, args.epochs, sampler.steps_per_epoch)", "1.0",
          "tests/test_eval_linear.py::test_rates_follow_the_cosine_of_the_epochs"),
-        ("head_selected_on_val", '"held-out features", held_out) if choose else val', '"held-out features", held_out) '
+        ("head_selected_on_val", '"held-out", held_out) if choose else val', '"held-out", held_out) '
          "and val if choose else val", "tests/test_eval_linear.py::test_the_head_is_chosen_on_what_was_asked[train]"),
     ),
     *of_file(

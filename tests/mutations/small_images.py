@@ -38,6 +38,13 @@ MUTATIONS = [
          f"{DISTILLATION}::test_the_momentum_rises_to_its_end"),
     ),
     *of_file(
+        "training/frozen.py",
+        ("statistics_drift_while_frozen", "backbone.train(released)", "backbone.train(True)",
+         "tests/training/test_frozen.py::test_a_frozen_backbone_is_exactly_unchanged[batchnorm]"),
+        ("frozen_an_epoch_too_long", "epoch >= run.args", "epoch > run.args",
+         "tests/training/test_frozen.py::test_nothing_is_computed_backwards_through_a_frozen_backbone"),
+    ),
+    *of_file(
         "main_dino.py",
         ("center_of_two_crops_always", "center=run.loss.nglobal * run", "center=2 * run",
          "tests/training/test_step.py::test_the_step_of_one_global_crop"),

@@ -11,6 +11,7 @@ import torch
 
 import backbones
 import main_dino
+import main_supervised
 import utils
 from poolings.choose import read_settings
 from pretrained import load_weights
@@ -166,9 +167,16 @@ def test_a_stem_that_cannot_be_is_refused():
     """One line with the flag, before a --dry_run too; a ResNet whose stem has no strides keeps it, and that is said."""
     with pytest.raises(InputError, match="--stem small: vit_small has no stem of strided convolutions"):
         main_dino.parse_arguments([*VIT, "--data_path", "demo", "--stem", "small"])
-    args = main_dino.parse_arguments(["--arch", "vgg11", "--img_size", "32", "--data_path", "demo"])
-    assert args.stem == "standard"
-    assert any("vgg11 keeps its stem" in note for note in args.notes)
+    for arch in ("vgg11", "convnext_tiny", "convnext_atto"):
+        args = main_dino.parse_arguments(["--arch", arch, "--img_size", "32", "--data_path", "demo"])
+        assert args.stem == "standard"
+        assert any(f"{arch} keeps its stem" in note for note in args.notes)
+
+
+def test_supervised_runs_of_small_images_have_a_small_stem_too():
+    """The flag, and its automatic choice, belong to all training programs."""
+    flags = ["--arch", "resnet18", "--data_path", "demo", "--img_size"]
+    assert [main_supervised.parse_arguments([*flags, size]).stem for size in ("63", "64")] == ["small", "standard"]
 
 
 def test_the_gather_of_ge_is_no_reason_to_refuse_bf16(small, tmp_path):

@@ -34,16 +34,37 @@ def test_published_values():
 
 
 def test_all_recipes_set_the_same_flags():
-    """No recipe leaves a flag of another open; the demo's chooses its model too."""
-    *published, demo = RECIPES["dino"].values()
-    assert len({frozenset(values) for values in published}) == 1
-    assert set(published[0]) < set(demo)
+    """No recipe leaves a flag of another open; those of small images, and the demo's, set more."""
+    published, more = [], []
+    for name, values in RECIPES["dino"].items():
+        (published if name.startswith("simpool_") or name == "dino" else more).append(set(values))
+    assert all(values == published[0] for values in published)
+    assert all(published[0] < values for values in more)
 
 
 def test_unknown_recipe():
     """The error lists the recipes."""
     with pytest.raises(ValueError, match="simpool_vit"):
         find("dino", "vit_small", "best")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arch", "name"),
+    [
+        ("cifar", "vit_tiny", "cifar_vit"), ("cifar", "resnet18", "cifar_resnet"),
+        ("cifar_resnet", "vit_tiny", "cifar_resnet"), ("continue", "convnext_tiny", "continue_convnext"),
+        ("imagenette", "vit_small", "imagenette"),
+    ],
+)  # fmt: skip
+def test_a_recipe_of_several_families_follows_the_architecture(recipe, arch, name):
+    """Its short name means that of the family; a full name means itself."""
+    assert find("dino", arch, recipe) == (name, RECIPES["dino"][name])
+
+
+def test_a_family_without_a_recipe():
+    """The error names those that have one."""
+    with pytest.raises(ValueError, match="'cifar' has no values for convnext_tiny; it is for vit and resnet networks"):
+        find("dino", "convnext_tiny", "cifar")
 
 
 def test_supervised_recipes_follow_the_family():
