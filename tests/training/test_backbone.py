@@ -115,7 +115,7 @@ def test_a_changed_pooling_is_another_run(small, tmp_path):
 SMALL_RESNET = [
     "--arch", "resnet10t", "--mode", "simpool", "--img_size", "16", "--local_crops_number", "0", "--out_dim", "64",
     "--batch_size_per_gpu", "8", "--num_workers", "0", "--matmul_precision", "highest", "--report", "false",
-    "--eval_every", "0", "--optimizer", "sgd", "--device", "cpu",
+    "--eval_every", "0", "--optimizer", "sgd", "--device", "cpu", "--head_layers", "1", "--bottleneck_dim", "16",
 ]  # fmt: skip
 
 

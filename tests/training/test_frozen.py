@@ -59,7 +59,7 @@ def test_a_frozen_backbone_is_exactly_unchanged(small, tmp_path, family):
     assert len(moved) > 0.9 * len(start)
 
 
-@pytest.mark.parametrize("stop", [3, pytest.param(6, marks=pytest.mark.full), 8])
+@pytest.mark.parametrize("stop", [3, *(pytest.param(stop, marks=pytest.mark.full) for stop in (6, 8))])
 def test_a_run_is_resumed_exactly_in_either_part(small, tmp_path, stop):
     """Stopped within the frozen epoch, at its end, or after it, the run ends in the same bits."""
     flags = [*starts_from(tmp_path, "vit", small), *HEAD, *START, "--data_path", small, "--epochs", 2]
