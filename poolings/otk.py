@@ -35,8 +35,9 @@ class Otk(PoolingBase):
         self.otk = nn.ParameterDict({"weight": torch.empty(1, 1, dim).uniform_(-1, 1)})  # (heads, references, D)
 
     def pool(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        similarity = x @ self.otk["weight"][0, 0]  # (B, N)
-        attention = (similarity / self.eps).softmax(dim=1).unsqueeze(1)
+        # A product with a matrix of one column: onnxruntime gets the one of a transposed map with a vector wrong.
+        similarity = x @ self.otk["weight"][0].T  # (B, N, 1)
+        attention = (similarity / self.eps).softmax(dim=1).transpose(1, 2)
         return (attention @ x).squeeze(1), attention
 
     def extra_repr(self) -> str:
