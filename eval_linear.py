@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -30,12 +31,13 @@ from data.sampler import TrainSampler
 from evaluation import features, heads, identity, linear, logistic, options, records
 from evaluation.crops import build_probe_loader
 from evaluation.forms import Form, probe_features
-from evaluation.linear import LinearClassifier
+from evaluation.linear import LinearClassifier, Probe
 from evaluation.linear_task import Task, prepare
 from evaluation.models import load_checkpoint_model
-from evaluation.probe_cache import MemoryBudget
+from evaluation.probe_cache import MemoryBudget, TrainingTokens
 from evaluation.probe_plan import Plan, add_probe_flags, build_probe, describe, draw_maps, evaluation_set, read_plan
 from evaluation.probe_sweep import ProbeSweep
+from evaluation.probes import Probes
 from evaluation.saved_head import run_saved
 from evaluation.single_head import train, validate_network
 from evaluation.sweep import Sweep, train_epoch
@@ -53,7 +55,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("heads")
     default_lrs = " ".join(f"{lr:g}" for lr in linear.DEFAULT_LRS)
     add_flag(group, "--lr", type=float, nargs="+", default=None,
-             help=f"base learning rates per 256 images, one or many (default: {default_lrs})")  # fmt: skip
+             help=f"base learning rates per 256 images, one or many (default: {default_lrs}; "
+                  "recipes ep and capi have others)")  # fmt: skip
     add_flag(group, "--n_last_blocks", type=int, nargs="+", default=None,
              help="official ViT: [CLS] of the last n blocks, one or many (default: 4, ViT-B 1, others 1)")  # fmt: skip
     add_flag(group, "--avgpool_patchtokens", type=bool_flag, nargs="+", default=None,
@@ -138,14 +141,12 @@ def run_sweep(task: Task, plan: Plan) -> dict[str, Any]:
     kept, held_out = linear.split_train(task.train.labels, args.seed) if choose else (np.arange(len(task.train)), None)
     sampler = probe_sampler(args, len(kept))
     probe, tokens = build_probe(task, plan, forms, num_labels, sampler.global_batch)
-    loader = build_probe_loader(
-        task.train, kept, sampler, task.extraction["img_size"], args.num_workers, args.seed, task.device.type == "cuda"
-    )
     describe(plan, probe, tokens, sampler.global_batch)
     describe_images(task, len(kept), sampler.global_batch, held_out)
     made_by = run_identity(task, plan, forms, num_labels, sampler.global_batch, len(kept))
     sweep = (ProbeSweep if plan.names else Sweep)(task.folder, probe, made_by)
     first_epoch, budget = sweep.resume(), MemoryBudget(args.token_cache)
+    loader = training_batches(task, probe, budget, kept, sampler)
     val = evaluation_set(task, probe, budget, task.val, "validation")
     selection = evaluation_set(task, probe, budget, task.train, "held-out", held_out) if choose else val
 
@@ -165,6 +166,16 @@ def run_sweep(task: Task, plan: Plan) -> dict[str, Any]:
     if args.probe_maps is not None:
         draw_maps(task, sweep.best_heads())
     return task.write("eval_linear", settings, results)
+
+
+def training_batches(
+    task: Task, probe: Probe | Probes, budget: MemoryBudget, kept: np.ndarray, sampler: TrainSampler
+) -> Iterable:
+    """Random crops of the images `kept`, new ones in every epoch; with --augment false their tokens, computed once."""
+    args, side, pinned = task.args, task.extraction["img_size"], task.device.type == "cuda"
+    if not args.augment:
+        return TrainingTokens(task.model, task.train, probe, task.extraction, budget, kept, sampler)
+    return build_probe_loader(task.train, kept, sampler, side, args.num_workers, args.seed, pinned)
 
 
 def probe_sampler(args: argparse.Namespace, images: int) -> TrainSampler:
@@ -198,7 +209,7 @@ def run_identity(
         **identity.of_data(task.train, task.val),
         "training_images": images,
         "num_labels": num_labels,
-        "crops": "bilinear",  # earlier versions trained on bicubic ones
+        "crops": "bilinear" if args.augment else "central",  # earlier versions trained on bicubic ones
         "order": heads.ORDER,
         "lrs": plan.lrs,
         **plan.identity(),

@@ -23,7 +23,7 @@ from evaluation.probe_inputs import grid_of
 from evaluation.probe_names import LINEAR, NAMES, ProbeName, read_probes
 from evaluation.probe_recipes import RECIPES, Recipe
 from evaluation.probes import Probes, find_widths
-from runtime.cli import add_flag
+from runtime.cli import add_flag, bool_flag
 from runtime.distributed import is_main_process
 from runtime.guards import InputError, input_errors
 from runtime.terminal import say
@@ -44,8 +44,10 @@ def add_probe_flags(parser: argparse.ArgumentParser) -> None:
     add_flag(group, "--probe_maps", type=int, nargs="?", const=MAPS, default=None, metavar="IMAGES",
              help="draw where the queries of the chosen heads look, on this many val images "
                   f"({MAPS} if no number is given)")  # fmt: skip
+    add_flag(group, "--augment", type=bool_flag, default=True,
+             help="false: train on central crops, whose tokens are computed once and kept")  # fmt: skip
     add_flag(group, "--token_cache", type=float, default=DEFAULT_CACHE, metavar="GIB",
-             help="memory per process for tokens of val and held-out images")  # fmt: skip
+             help="memory per process for tokens of images that are seen without augmentation")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def read_plan(args: argparse.Namespace) -> Plan:
     """The plan of checked flags; sets `args.epochs` to the recipe's unless given. Raises InputError."""
     recipe = RECIPES[args.probe_recipe]
     asked = args.probes
-    if asked is None and (args.wd is not None or recipe.name != "dino"):
+    if asked is None and (args.wd is not None or recipe.name != "dino" or not args.augment):
         asked = [LINEAR]
     names = read_probes(asked) if asked is not None else []
     for wd in args.wd or []:
@@ -93,7 +95,8 @@ def read_plan(args: argparse.Namespace) -> Plan:
         raise InputError(f"--token_cache {args.token_cache:g}: give the GiB of memory for tokens, 0 or more")
     instead = "--evaluate" if args.evaluate else "--logistic" if args.logistic else None
     if names and instead:
-        given = "--probes" if args.probes is not None else "--wd" if args.wd is not None else "--probe_recipe"
+        flags = {"--probes": args.probes is not None, "--wd": args.wd is not None, "--augment": not args.augment}
+        given = next((flag for flag, is_given in flags.items() if is_given), "--probe_recipe")
         reads = "reads from its file which probe it is" if args.evaluate else "fits a linear classifier"
         raise InputError(f"{instead} {reads} and trains no probes: leave {given} out")
     plan = Plan(names, recipe, list(dict.fromkeys(args.lr or recipe.lrs)), list(dict.fromkeys(args.wd or recipe.wds)))

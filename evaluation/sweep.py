@@ -39,8 +39,11 @@ def train_epoch(
     total, steps = torch.zeros(len(probe.heads), device=device), 0
     for (images, target), scale in zip(progress(loader, len(loader), desc), scales, strict=False):
         half = torch.autocast(device.type, dtype=amp_dtype or torch.bfloat16, enabled=amp_dtype is not None)
-        with torch.no_grad(), half:
-            batch = probe.inputs(model, normalize(images.to(device, non_blocking=True)))
+        if isinstance(images, Tensor):
+            with torch.no_grad(), half:
+                batch = probe.inputs(model, normalize(images.to(device, non_blocking=True)))
+        else:  # what the heads see, computed beforehand
+            batch = images.map(lambda x: x.to(device, non_blocking=True))
         total += probe.learn(batch, target.to(device, non_blocking=True), scale)
         steps += 1
     return (total / steps).tolist()

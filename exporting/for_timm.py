@@ -42,11 +42,6 @@ class Target:
     name: str
     settings: dict[str, Any]
 
-    @property
-    def is_ours(self) -> bool:
-        """Whether timm knows the name only after `import timm_models`."""
-        return self.name.startswith("simpool_")
-
     def call(self, file: str) -> str:
         """How a user creates the model with the weights of a file."""
         settings = "".join(f", {key}={value!r}" for key, value in self.settings.items())

@@ -16,6 +16,7 @@ from runtime.guards import InputError
 from tests.small_images import small_root, tiny_checkpoint
 from tests.test_eval_knn import run_ranks
 from tests.test_eval_linear import probe, results
+from vision_transformer import VisionTransformer
 
 PROBES = ("linear", "ep:queries=8", "ep_all:queries=8", "aim:heads=8")
 LRS = ("0.1", "1")
@@ -128,6 +129,27 @@ def test_interrupted_probes_end_as_if_they_had_not_been(official, root, tmp_path
     assert (whole["heads"], whole["probes"]) == (cut["heads"], cut["probes"])
 
 
+def test_without_augmentation_the_model_runs_once_on_every_image(official, root, tmp_path, monkeypatch):
+    """Six epochs take one pass over train and one over val; heads learn, and a resumed run goes on bit for bit."""
+    flags = ("--pretrained_weights", official, "--data_path", root, "--probes", "linear", "ep:queries=8", "--lr", 1,
+             "--augment", "false", "--select_on", "val")  # fmt: skip
+    forward, seen = VisionTransformer.prepare_tokens, []
+    monkeypatch.setattr(VisionTransformer, "prepare_tokens", lambda self, x: seen.append(len(x)) or forward(self, x))
+    probe(*flags, "--epochs", 6, "--val_freq", 3, "--output_dir", tmp_path / "whole")
+    assert sum(seen) - 96 - 32 <= 2 * 2  # besides train and val only blank images, which tell the widths
+    losses = [row["train_loss"] for row in results(tmp_path / "whole")["heads"]]
+    assert max(losses) < np.log(4)
+    train_epoch = eval_linear.train_epoch
+    monkeypatch.setattr(eval_linear, "train_epoch", lambda *a: exit() if a[-1] == "epoch 4" else train_epoch(*a))
+    with pytest.raises(SystemExit):
+        probe(*flags, "--epochs", 6, "--val_freq", 3, "--output_dir", tmp_path / "cut")
+    monkeypatch.setattr(eval_linear, "train_epoch", train_epoch)
+    probe(*flags, "--epochs", 6, "--val_freq", 3, "--output_dir", tmp_path / "cut")
+    assert equal(states(tmp_path / "whole"), states(tmp_path / "cut"))
+    with pytest.raises(InputError, match="crops was central and is bilinear"):
+        probe(*flags, "--epochs", 6, "--val_freq", 3, "--augment", "true", "--output_dir", tmp_path / "cut")
+
+
 def test_a_run_is_resumed_with_its_own_probes_only(official, root, tmp_path):
     """Other probes, another recipe or other decays are refused, and so is a run without probes; each is named."""
     flags = (
@@ -235,6 +257,11 @@ def test_recipes_set_what_the_command_line_does_not(official, root, tmp_path, ca
         (["--probes", "ep:queries=8", "--logistic"], "--logistic .* leave --probes out"),
         (["--probes", "ep:queries=8", "--evaluate"], "--evaluate .* leave --probes out"),
         (["--wd", "0.1", "--logistic"], "leave --wd out"),
+        (["--augment", "false", "--logistic"], "leave --augment out"),
+        (
+            ["--probes", "ep:queries=8", "--augment", "false", "--token_cache", "0"],
+            "88 training images, .*--token_cache",
+        ),
         (["--probe_maps"], "a linear probe has none: give --probes ep"),
         (["--probes", "ep:queries=8", "--probe_maps", "0"], "--probe_maps 0"),
         (["--probes", "ep:queries=8", "--n_last_blocks", "2"], "add linear, or leave"),

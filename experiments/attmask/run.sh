@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Which patches to hide: AttMask's High, Hint and Low, random ones and blocks, with everything else unchanged.
-#   bash experiments/attmask/run.sh --data_path cifar10.tar --epochs 20
-#   bash experiments/attmask/run.sh --data_path cifar10.tar --epochs 20 --mode simpool          the map is SimPool's
+#   bash experiments/attmask/run.sh --data_path cifar10/ --epochs 20
+#   bash experiments/attmask/run.sh --data_path cifar10/ --epochs 20 --mode simpool          the map is SimPool's
 # experiments/grid.sh lists the flags: --seeds, --only, --output_dir; all others go to the program.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../grid.sh"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Half precision against single: the same runs in float32 and with autocast to bfloat16.
-#   bash experiments/precision/run.sh --data_path cifar10.tar --epochs 20
+#   bash experiments/precision/run.sh --data_path cifar10/ --epochs 20
 # experiments/grid.sh lists the flags: --seeds, --only, --output_dir; all others go to the program.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../grid.sh"

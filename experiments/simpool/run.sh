@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SimPool against the architecture's own pooling, trained with DINO: a small ViT and a ResNet-18.
-#   bash experiments/simpool/run.sh --data_path cifar10.tar --epochs 20
+#   bash experiments/simpool/run.sh --data_path cifar10/ --epochs 20
 #   bash experiments/simpool/run.sh --data_path demo --epochs 12 --only vit_official vit_simpool
 # experiments/grid.sh lists the flags: --seeds, --only, --output_dir; all others go to the program.
 set -euo pipefail

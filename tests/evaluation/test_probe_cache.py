@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 import backbones
 from data.datasets import open_images
+from data.sampler import TrainSampler
 from evaluation.forms import Form
-from evaluation.probe_cache import CachedTokens, MemoryBudget
+from evaluation.probe_cache import CachedTokens, MemoryBudget, TrainingTokens
 from evaluation.probe_families import Grid
 from evaluation.probe_names import read_probes
 from evaluation.probe_recipes import RECIPES
@@ -60,6 +62,38 @@ def test_every_image_is_counted_once(model, probes, small):
     parts = [CachedTokens(model, val, probes, EXTRACTION, MemoryBudget(1.0), "part", i).count(probes) for i in
              (torch.arange(30).numpy(), torch.arange(30, 40).numpy())]  # fmt: skip
     torch.testing.assert_close(whole, (3 * parts[0] + parts[1]) / 4, rtol=1e-5, atol=1e-5)
+
+
+def test_training_tokens_are_those_of_the_sampled_images(model, probes, small):
+    """Each epoch's batches hold the tokens and labels of the images that the sampler names, bit for bit."""
+    train, indices = open_images(str(small), "train"), np.arange(5, 96, 3)
+    sampler = TrainSampler(len(indices), 8, seed=1)
+    kept = TrainingTokens(model, train, probes, EXTRACTION, MemoryBudget(1.0), indices, sampler)
+    (whole,) = CachedTokens(
+        model, train, probes, {**EXTRACTION, "batch_size": 16}, MemoryBudget(1.0), "all", indices[:16]
+    ).kept
+    first = {int(image): i for i, image in enumerate(indices[:16])}
+    found = 0
+    for epoch in (0, 1):
+        sampler.set_position(epoch)
+        order = [indices[position] for pairs in sampler for _, position in pairs]
+        sampler.set_position(epoch)
+        batches = list(kept)
+        assert len(batches) == 3
+        assert torch.cat([labels for _, labels in batches]).tolist() == [train.labels[i] for i in order]
+        for image, tokens in zip(order, torch.cat([inputs.patches for inputs, _ in batches]), strict=True):
+            if int(image) in first:
+                found += 1
+                assert torch.equal(tokens, whole[0].patches[first[int(image)]])
+    assert found > 16
+
+
+def test_training_tokens_that_do_not_fit_are_an_error_that_says_how_much_they_take(model, probes, small):
+    """The first batch tells; nothing else is computed."""
+    train = open_images(str(small), "train")
+    with pytest.raises(InputError, match=r"96 training images, which take 0\.00 GiB: give --token_cache 0\.5"):
+        TrainingTokens(model, train, probes, EXTRACTION, MemoryBudget(5 * BATCH / (1 << 30)), np.arange(96),
+                       TrainSampler(96, 8))  # fmt: skip
 
 
 def test_the_second_set_has_the_room_that_the_first_left():

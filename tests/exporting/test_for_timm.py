@@ -103,6 +103,8 @@ def test_a_folder_in_the_hubs_layout_is_timms(tmp_path, name):
 
     import timm_models  # noqa: F401
 
+    if not hasattr(timm.models._hub, "load_model_config_from_path"):
+        pytest.skip("this timm does not read folders yet")
     labelled = labelled_checkpoint(tmp_path / "c.pth", **MODELS[name])
     run(labelled, tmp_path / "hub" / "model.safetensors")
     export.main(

@@ -82,6 +82,8 @@ MUTATIONS = [
         "evaluation/probe_cache.py",
         ("a_batch_counted_twice", "(number + 1) * batch_size)", "number * batch_size)",
          "tests/evaluation/test_probe_cache.py::test_counts_do_not_depend_on_how_much_is_kept"),
+        ("tokens_of_other_images", "lambda x, rows=rows: x[rows]", "lambda x, rows=rows: x[rows.sort().values]",
+         "tests/evaluation/test_probe_cache.py::test_training_tokens_are_those_of_the_sampled_images"),
     ),
     *of_file(
         "evaluation/probe_sweep.py",
