@@ -105,7 +105,8 @@ def build_models(args: argparse.Namespace) -> tuple[MultiCropWrapper, MultiCropW
     with input_errors():
         backbone = build_backbone(args, drop_path_rate=args.drop_path_rate)
         teacher_backbone = build_backbone(args)
-        check_crop_sizes(teacher_backbone, args, "img_size", "local_crops_size")
+        local = ("local_crops_size",) if args.local_crops_number else ()
+        check_crop_sizes(teacher_backbone, args, "img_size", *local)
     head = partial(
         DINOHead, backbone.num_features, args.out_dim, use_bn=args.use_bn_in_head, **self_distillation.head_size(args)
     )

@@ -130,6 +130,15 @@ def test_reduced_precision_is_refused_where_torch_errs(small, tmp_path):
         train(*flags, "--amp", "bf16", "--device", "cpu")
 
 
+def test_a_size_that_no_crop_has_is_no_reason_to_refuse():
+    """Without local crops their size, which would meet one-pixel maps, is not tried."""
+    flags = ["--local_crops_number", 0, "--local_crops_size", 14, "--amp", "bf16", "--device", "cpu"]
+    args = resolved(*FAMILIES["resnet"], *flags)
+    args.torch_device = torch.device("cpu")
+    student, _ = main_dino.build_models(args)
+    assert student.backbone.num_features == 512
+
+
 @pytest.mark.parametrize("flags", [["--mode", "both"], ["--optimizer", "adam"], ["--nonsense", "1"], ["--lr", "fast"]])
 def test_wrong_words_leave_with_code_2(flags, capsys):
     """argparse's own errors are one line that names the flag, and exit with 2, as all bad input does."""
