@@ -13,6 +13,7 @@ import pytest
 import console
 from tests.mutate import copy_tree
 
+pytest.importorskip("setuptools", minversion="77", reason="pyproject.toml names its licence as setuptools 77 reads it")
 ROOT = Path(__file__).resolve().parents[1]
 SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")  # no main: nothing is built
 packaged = SETUP["packaged"]
