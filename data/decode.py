@@ -10,8 +10,10 @@ JPEG, nearly all of any data set, goes through torchvision's decoder: the same l
 without Pillow's copy, and without Pillow for the size if the header is a plain one. If torchvision was built without
 it, Pillow decodes, and a warning says so.
 
-Decoding takes at most 3 bytes per value of the result and 200 MB, whatever the file declares; WebP takes 6 bytes, as
-Pillow decodes it into several canvases.
+A still WebP goes the same way, because Pillow decodes it into several canvases.
+
+Decoding takes at most 3 bytes per value of the result and 200 MB, whatever the file declares; an animated WebP, of
+which the first frame counts, takes 6.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import functools
 import io
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -102,6 +104,8 @@ class Picture:
                 return decode(self._data)
         if plain_jpeg and shrink > 1:
             image.draft(image.mode, (max(1, image.width // shrink), max(1, image.height // shrink)))
+        if image.format == "WEBP" and getattr(image, "n_frames", 1) == 1 and _webp_decoder() is not None:
+            return _webp_to_array(self._data, image.mode, self.in_chans)
         return _to_array(image, self.in_chans)
 
 
@@ -242,16 +246,52 @@ def _jpeg_decoder():
     return decode_bytes
 
 
+@functools.cache
+def _webp_decoder():
+    """(bytes, whether with alpha) -> (H, W, 3 or 4) uint8 through torchvision, or None if it was built without WebP."""
+    import torchvision.io
+
+    if not hasattr(torch.ops.image, "decode_webp"):
+        return None
+    modes = torchvision.io.ImageReadMode
+
+    def decode_bytes(data: bytes, alpha: bool) -> np.ndarray:
+        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        mode = modes.RGB_ALPHA if alpha else modes.RGB
+        return torch.ops.image.decode_webp(encoded, mode.value).permute(1, 2, 0).numpy()
+
+    return decode_bytes
+
+
+def _webp_to_array(data: bytes, mode: str, in_chans: int) -> np.ndarray:
+    """The pixels of a still WebP, which Pillow calls RGB or RGBA, (H, W, in_chans) uint8."""
+    pixels = _webp_decoder()(data, mode == "RGBA")
+    if mode == "RGB" and in_chans == 3:
+        return pixels
+    height, width = pixels.shape[:2]
+    return _in_bands(height, width, in_chans, lambda top, bottom: Image.fromarray(pixels[top:bottom]))
+
+
 def _to_array(image: Image.Image, in_chans: int) -> np.ndarray:
-    """The pixels of a Pillow image, (H, W, in_chans) uint8; converted in bands, which bounds the memory it takes."""
+    """The pixels of a Pillow image, (H, W, in_chans) uint8."""
     image.load()
-    rows = max(1, _BAND // image.width)
-    if rows >= image.height:
-        return _band_to_array(image, in_chans)
-    out = np.empty((image.height, image.width, in_chans), dtype=np.uint8)
-    for top in range(0, image.height, rows):
-        bottom = min(top + rows, image.height)
-        out[top:bottom] = _band_to_array(image.crop((0, top, image.width, bottom)), in_chans)
+    width, height = image.size
+
+    def band(top: int, bottom: int) -> Image.Image:
+        return image if bottom - top == height else image.crop((0, top, width, bottom))
+
+    return _in_bands(height, width, in_chans, band)
+
+
+def _in_bands(height: int, width: int, in_chans: int, band: Callable[[int, int], Image.Image]) -> np.ndarray:
+    """(H, W, in_chans) uint8 of an image whose rows `band` gives; converted band by band, which bounds the memory."""
+    rows = max(1, _BAND // width)
+    if rows >= height:
+        return _band_to_array(band(0, height), in_chans)
+    out = np.empty((height, width, in_chans), dtype=np.uint8)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        out[top:bottom] = _band_to_array(band(top, bottom), in_chans)
     return out
 
 

@@ -157,8 +157,10 @@ long_run() { # experiment, flags
         bash "experiments/$name/run.sh" --data_path "$cifar" --output_dir "$output/$name" "$@" || return
     else
         bash "experiments/$name/run.sh" --data_path demo --output_dir "$output/$name" --seeds 0 --subset 4 --epochs 1 \
-            --embed_dim 24 --depth 2 --num_heads 2 --patch_size 8 --batch_size_per_gpu 4 --num_workers 0 "$@" || return
+            --embed_dim 32 --depth 2 --num_heads 2 --patch_size 8 --batch_size_per_gpu 4 --num_workers 0 "$@" || return
     fi
+    mkdir -p "$output/tables/$name"
+    cp "experiments/$name/table.json" "$output/tables/$name/" # the tables of a GPU's runs are kept apart from other ones
     python_m experiments.tables "$name" --runs "$output/$name" --folder "$output/tables"
 }
 

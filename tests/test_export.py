@@ -368,9 +368,10 @@ def test_logits_of_a_graph(request, tmp_path, photographs, kind):
     """--with_head adds the classifier's output under its name, next to the map if that is asked for."""
     labelled = labelled_checkpoint(tmp_path / "c.pth")
     more = ["--with_attention"] if kind == "torchscript" else []
+    onnxruntime = request.getfixturevalue("onnx_packages") if kind == "onnx" else None
     file = run(labelled, kind, tmp_path / "out" / "m", "--with_head", *more)
     if kind == "onnx":
-        session = request.getfixturevalue("onnx_packages").InferenceSession(file)
+        session = onnxruntime.InferenceSession(file)
         found = [torch.from_numpy(f) for f in session.run(["features", "logits"], {"images": photographs(32).numpy()})]
     else:
         load = {"torchscript": torch.jit.load, "torch_export": lambda path: torch.export.load(path).module()}[kind]

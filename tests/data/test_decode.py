@@ -2,7 +2,10 @@
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +14,8 @@ from PIL import Image, ImageOps
 from data import arrays as arrays_module
 from data import decode as decode_module
 from data.decode import BadImage, Picture, decode, jpeg_size
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +53,50 @@ def test_lossless_formats_keep_every_pixel(photograph, kind):
     """PNG, BMP, TIFF, lossless WebP and PPM come back bit by bit."""
     options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
     assert np.array_equal(decode(encoded(photograph, kind, **options)), np.asarray(photograph))
+
+
+@pytest.mark.parametrize("lossless", [True, False])
+@pytest.mark.parametrize(("mode", "in_chans"), [("RGB", 3), ("RGB", 1), ("RGBA", 3), ("RGBA", 1), ("RGBA", 4)])
+def test_webp_pixels_equal_pillows(photograph, monkeypatch, mode, lossless, in_chans):
+    """torchvision's decoder gives Pillow's pixels, transparent and gray ones too, in one band or in several."""
+    image = photograph.convert(mode)
+    if mode == "RGBA":
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+    data = encoded(image, "WEBP", lossless=lossless, quality=80)
+    fast = decode(data, in_chans)
+    monkeypatch.setattr(decode_module, "_BAND", 40 * image.width)
+    banded = decode(data, in_chans)
+    monkeypatch.setattr(decode_module, "_webp_decoder", lambda: None)
+    assert np.array_equal(fast, decode(data, in_chans))
+    assert np.array_equal(banded, fast)
+
+
+def test_an_animated_webp_is_its_first_frame(photograph):
+    """Frames after the first are not looked at; a torn file is a reason, not a traceback."""
+    frames = [photograph, photograph.rotate(180)]
+    data = encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True, exact=True)
+    assert np.array_equal(decode(data), np.asarray(photograph))
+    still = encoded(photograph, "WEBP")
+    for torn in (still[:-500], still[:60], data[:-500]):
+        with pytest.raises(BadImage):
+            decode(torn)
+
+
+@pytest.mark.full
+def test_a_large_webp_takes_three_bytes_per_value(tmp_path):
+    """192 million values: at most 576 MB and 200, above the memory after the imports."""
+    side = 8000
+    Image.new("RGB", (side, side), (10, 200, 30)).save(tmp_path / "large.webp", lossless=True, method=0)
+    code = (
+        "import resource, sys; from data.decode import decode; decode(open(sys.argv[2], 'rb').read())\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "decode(open(sys.argv[1], 'rb').read())\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)"
+    )
+    Image.new("RGB", (8, 8)).save(tmp_path / "small.webp")
+    files = [str(tmp_path / "large.webp"), str(tmp_path / "small.webp")]
+    done = subprocess.run([sys.executable, "-c", code, *files], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) <= 3 * 3 * side**2 + 200 * 2**20
 
 
 def test_gray_and_palette_become_rgb(photograph):
