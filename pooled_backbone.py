@@ -169,9 +169,14 @@ class PooledBackbone(nn.Module):
         pooled, attention = self._pooled(features, tuple(x.shape[-2:]), need_attention)
         return pooled, self.positions(features), attention
 
+    @property
+    def has_attention_map(self) -> bool:
+        """Whether `get_attention_map` gives one."""
+        return self.mode in WITH_ATTENTION
+
     def get_attention_map(self, x: Tensor) -> Tensor:
         """The operator's weights over the positions, (B, heads, h, w). Raises ValueError if it has none."""
-        if self.mode not in WITH_ATTENTION:
+        if not self.has_attention_map:
             raise ValueError(
                 f'a {self.kind_of_model()} in mode "{self.mode}" has no attention map; build it with mode="simpool", '
                 f"or with {', '.join(name for name in WITH_ATTENTION if name != 'simpool')}"

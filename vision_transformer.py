@@ -453,6 +453,11 @@ class VisionTransformer(PooledBackbone):
                 outputs.append(self.norm(x))
         return outputs
 
+    @property
+    def has_attention_map(self) -> bool:
+        """Also in official mode: the [CLS] row."""
+        return self.mode == "official" or super().has_attention_map
+
     def get_attention_map(self, x: Tensor) -> Tensor:
         """The pooling's attention (B, heads, h, w): the operator's, or the [CLS] row of the last block."""
         if self.mode != "official":

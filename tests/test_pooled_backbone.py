@@ -94,6 +94,7 @@ def test_maps_of_operators(arch, mode):
     torch.testing.assert_close(feature, model(x))
     grid = GRID[arch]
     assert positions.shape[:2] == (2, grid[0] * grid[1])
+    assert model.has_attention_map == (mode in WITH_ATTENTION)
     if mode in WITH_ATTENTION:
         maps = model.get_attention_map(x)
         assert maps.shape[0] == 2
@@ -103,6 +104,18 @@ def test_maps_of_operators(arch, mode):
         assert attention is None
         with pytest.raises(ValueError, match=f'"{mode}" has no attention map; build it with mode="simpool"'):
             model.get_attention_map(x)
+
+
+@pytest.mark.parametrize("arch", ["vit", "resnet", "convnext", "test_vit"])
+def test_only_our_vits_have_a_map_of_their_own(arch):
+    """In official mode [CLS] attends in our ViT; no other architecture's own pooling weighs positions."""
+    model = built(arch, "official").eval()
+    assert model.has_attention_map == (arch == "vit")
+    if model.has_attention_map:
+        assert model.get_attention_map(images(arch)).shape[2:] == GRID[arch]
+    else:
+        with pytest.raises(ValueError, match="no attention map"):
+            model.get_attention_map(images(arch))
 
 
 @pytest.mark.parametrize("arch", ["vit", "resnet", "convnext"])

@@ -120,7 +120,7 @@ def _train_in(folder: Path, args: argparse.Namespace, method: Method, stop: Stop
         write_pictures_and_report(loop, done)
         board.close()  # a second time, to write the pictures
     if done:
-        for line in what_next(folder, args):
+        for line in what_next(folder, args, run.bare_student.backbone.has_attention_map):
             say(line)
     return code
 
@@ -245,15 +245,11 @@ def write_pictures_and_report(loop: Loop, done: bool) -> None:
         say(f"report: {page}")
 
 
-def what_next(folder: Path, args: argparse.Namespace) -> list[str]:
-    """The commands to run after a finished run."""
+def what_next(folder: Path, args: argparse.Namespace, has_map: bool) -> list[str]:
+    """The commands to run after a finished run; has_map: whether the model has an attention map."""
     found = f"--pretrained_weights {folder / NEWEST} --data_path {args.data_path}"
-    return [
-        "next:",
-        f"  python eval_knn.py {found}",
-        f"  python eval_linear.py {found}",
-        f"  python visualize_attention.py {found}",
-    ]
+    lines = ["next:", f"  python eval_knn.py {found}", f"  python eval_linear.py {found}"]
+    return [*lines, f"  python visualize_attention.py {found}"] if has_map else lines
 
 
 def leave_marker(folder: Path, done: bool, loop: Loop, stop: StopRequest) -> int:

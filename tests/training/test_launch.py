@@ -13,6 +13,7 @@ from runtime.checkpoint import read_checkpoint
 from runtime.guards import InputError, NonFiniteError
 from tests.pretraining import VIT, assert_equal_states, train
 from tests.reliability.injection import replace_step
+from training import launch
 
 
 def flags(small, folder, *more) -> list:
@@ -31,6 +32,14 @@ def test_a_failing_report_costs_a_finished_run_nothing(small, tmp_path, monkeypa
     assert train(*flags(small, tmp_path, "--report", "true", "--max_steps", 2)) == 0
     assert marked == [True]
     assert "warning: no report (RuntimeError: no room)" in capsys.readouterr().out
+
+
+def test_what_to_do_next_suits_the_model(tmp_path):
+    """The commands after a run are those that its model can serve."""
+    args = main_dino.parse_arguments(["--data_path", "demo", "--output_dir", str(tmp_path)])
+    with_map, without = (launch.what_next(tmp_path, args, has_map) for has_map in (True, False))
+    assert [line.split()[1] for line in with_map[1:]] == ["eval_knn.py", "eval_linear.py", "visualize_attention.py"]
+    assert with_map[:-1] == without
 
 
 def test_a_run_is_continued_in_another_folder(small, tmp_path):
