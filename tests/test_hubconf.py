@@ -29,7 +29,9 @@ def test_loads_through_torch_hub():
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 192)
 
 
-DEEP = ("resnet101", "resnet152", "convnext_small", "convnext_base", "convnext_large", "convnext_xlarge")
+# large, or no other code path than one that is tested
+DEEP = ("vit_base", "resnet34", "resnet50", "resnet101", "resnet152", "convnext_small", "convnext_base")
+DEEP += ("convnext_large", "convnext_xlarge")
 
 
 @pytest.mark.parametrize(

@@ -53,13 +53,13 @@ def test_the_hashes_tell_samples_apart(expected):
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # torch's advice on machines with few cores
-@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.full), 4])
 def test_number_of_workers(source, expected, workers):
     """The same pixels from 0, 1, 2 and 4 loader workers."""
     assert hashes(source, workers=workers) == expected
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.full)])
 def test_number_of_ranks(source, expected, world):
     """The same pixels, each once, over 1, 2 and 4 ranks."""
     assert hashes(source, world=world) == expected

@@ -29,8 +29,15 @@ def loader_workers(ranks: processes.Ranks) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    ("number", "victim"),
+    [
+        (signal.SIGKILL, 0),
+        pytest.param(signal.SIGKILL, 1, marks=pytest.mark.full),
+        pytest.param(signal.SIGSTOP, 0, marks=pytest.mark.full),
+        (signal.SIGSTOP, 1),
+    ],
+)
 def test_a_dead_or_hung_rank_ends_the_others(whole: Whole, tmp_path, number, victim):
     """Killed or frozen in the middle of a run: the other says so within --timeout and exits with 1, no process of the
     two stays behind, and the run goes on from its last save.

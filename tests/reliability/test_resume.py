@@ -18,7 +18,7 @@ full = pytest.mark.full
         ("vit", "none"),
         pytest.param("vit", "bf16", marks=full),
         pytest.param("resnet", "none", marks=full),
-        ("resnet", "bf16"),
+        pytest.param("resnet", "bf16", marks=full),
         pytest.param("convnext", "none", marks=full),
         pytest.param("convnext", "bf16", marks=full),
     ],

@@ -157,7 +157,9 @@ def assert_gone(pids: list[int], within_s: float = 15) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.full), signal.SIGINT]
+)
 def test_a_signal_to_the_whole_group_spares_the_loader(whole: Whole, tmp_path, number):
     """Schedulers and Ctrl-C signal every process of the group: loader workers stay until the step is saved."""
     folder = tmp_path / "run"
