@@ -120,7 +120,8 @@ def _train_in(folder: Path, args: argparse.Namespace, method: Method, stop: Stop
         write_pictures_and_report(loop, done)
         board.close()  # a second time, to write the pictures
     if done:
-        for line in what_next(folder, args, run.bare_student.backbone.has_attention_map):
+        has_map = getattr(run.bare_student.backbone, "has_attention_map", False)  # a method may train any module
+        for line in what_next(folder, args, has_map):
             say(line)
     return code
 
