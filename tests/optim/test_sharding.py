@@ -67,8 +67,9 @@ def test_a_sharded_run_is_the_run(both):
 @pytest.mark.parametrize(
     ("both", "before", "after", "world"),
     [
-        ("adamw", "true", "true", 2), ("adamw", "true", "false", 2),
-        ("lars", "false", "true", 2), ("lars", "true", "false", 1),
+        pytest.param("adamw", "true", "true", 2, marks=pytest.mark.full), ("adamw", "true", "false", 2),
+        pytest.param("lars", "false", "true", 2, marks=pytest.mark.full),
+        pytest.param("lars", "true", "false", 1, marks=pytest.mark.full),
     ],
     indirect=["both"],
 )  # fmt: skip
