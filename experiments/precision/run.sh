@@ -6,7 +6,6 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../grid.sh"
 source "$(dirname "${BASH_SOURCE[0]}")/../small.sh"
 program=(main_dino.py)
-measure() { features "$1"; }
 settle "$@"
 for amp in none bf16; do
     variant "vit_$amp" "${vit[@]}" --mode simpool --amp "$amp"

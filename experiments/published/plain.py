@@ -11,7 +11,6 @@ it, and leaves a DONE, as the programs do.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,12 +23,14 @@ from benchmarks.augmentation import PublishedAugmentation
 from benchmarks.plain_step import PlainStep
 from data.datasets import open_images
 from data.source import ImageSource
-from runtime.checkpoint import read_checkpoint, save_checkpoint, write_json_atomic
+from runtime.checkpoint import check_writable, read_checkpoint, save_checkpoint, write_json_atomic
 from runtime.distributed import choose_device
 from runtime.guards import EXIT_DONE, InputError, run_program
+from runtime.json_log import JsonLog, cut_json_lines
 from runtime.meters import MetricLogger
 from runtime.reproduce import fix_random_seeds
 from runtime.terminal import say
+from training import arguments
 from training.multicrop import crop_spec
 from training.state import model_config
 
@@ -55,9 +56,7 @@ def by_resolution(crops: list[Tensor]) -> list[Tensor]:
     return [torch.cat(part) for part in parts if part]
 
 
-def epochs(
-    args: argparse.Namespace, source: ImageSource, begun: int
-) -> Iterator[tuple[int, torch.utils.data.DataLoader]]:
+def epochs(args: argparse.Namespace, source: ImageSource, begun: int) -> Iterator[tuple[int, DataLoader]]:
     """The epochs still to train, each with its batches; order and augmentation follow from the seed and the epoch."""
     files = AugmentedFiles(source, PublishedAugmentation(crop_spec(args)))
     for epoch in range(begun, args.epochs):
@@ -73,19 +72,20 @@ def main(argv: list[str] | None = None) -> int:
     args = main_dino.parse_arguments(argv)
     check(args)
     device, folder = choose_device(args.device), Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder, "--output_dir")
     source = open_images(args.data_path, "train", args.subset, args.in_chans, val_fraction=args.val_fraction)
     run = main_dino.build(args, len(source), device)
-    side, newest = PlainStep(run), folder / "checkpoint.pth"
+    side, newest, log = PlainStep(run), folder / "checkpoint.pth", JsonLog(folder / "log.txt")
     begun = restore(side, newest) if newest.exists() else 0
-    write_json_atomic(folder / "config.json", {k: v for k, v in vars(args).items() if is_plain(v)})
+    cut_json_lines(folder / "log.txt", begun)
+    write_json_atomic(folder / "config.json", arguments.saved(args, main_dino.METHOD))
     for epoch, batches in epochs(args, source, begun):
         losses = []
         for i, crops in enumerate(MetricLogger(delimiter="  ").log_every(batches, 50, f"epoch {epoch}")):
             batch = [crop.to(device) for crop in by_resolution(crops)]
             losses.append(side(batch, epoch * run.plan.steps_per_epoch + i))
-        with open(folder / "log.txt", "a", encoding="utf-8") as log:
-            log.write(json.dumps({"epoch": epoch, "train_loss": sum(losses) / len(losses)}) + "\n")
+        mean = sum(losses) / len(losses)
+        log.append({"epoch": epoch, "train_loss": mean})
         save_checkpoint(
             {
                 "student": side.student.state_dict(),
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
             },
             newest,
         )
-        say(f"epoch {epoch}: loss {sum(losses) / len(losses):.4f}, saved {newest}")
+        say(f"epoch {epoch}: loss {mean:.4f}, saved {newest}")
     (folder / "DONE").touch()
     return EXIT_DONE
 
@@ -118,11 +118,6 @@ def restore(side: PlainStep, path: Path) -> int:
     side.optimizer.load_state_dict(state["optimizer"])
     side.loss.center = state["dino_loss"]["center"]
     return state["epoch"]
-
-
-def is_plain(value: object) -> bool:
-    """Whether JSON has this kind of value."""
-    return value is None or isinstance(value, bool | int | float | str | list | tuple)
 
 
 if __name__ == "__main__":

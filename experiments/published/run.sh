@@ -6,7 +6,6 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../grid.sh"
 source "$(dirname "${BASH_SOURCE[0]}")/../small.sh"
-measure() { features "$1"; }
 settle "$@"
 for side in ours plain; do
     program=(main_dino.py)

@@ -7,7 +7,6 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../grid.sh"
 source "$(dirname "${BASH_SOURCE[0]}")/../small.sh"
 program=(main_dino.py)
-measure() { features "$1"; }
 settle "$@"
 for mode in official simpool; do
     variant "vit_$mode" "${vit[@]}" --mode "$mode"
