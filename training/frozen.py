@@ -56,6 +56,8 @@ def freeze_backbone(run: Run, epoch: int) -> None:
         return
     released = epoch >= run.args.freeze_backbone_epochs
     student = run.bare_student.backbone
+    if student.training == released:
+        return  # as the step before it
     for backbone in (student, run.teacher.backbone):
         backbone.train(released)
     trained = {id(parameter) for group in run.optimizer.param_groups for parameter in group["params"]}
