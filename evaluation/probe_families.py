@@ -59,6 +59,10 @@ class Head:
         form = {} if self.form is None else {"n_last_blocks": self.form.n, "avgpool_patchtokens": self.form.avgpool}
         return {"probe": self.probe, **form, "lr": self.lr, "weight_decay": self.wd, "parameters": self.parameters}
 
+    def linear_as_saved(self) -> dict[str, Any]:
+        """What a file says of a linear head, besides its parameters."""
+        return {"form": list(self.form), "lr": self.lr, "weight_decay": self.wd}
+
 
 class TrainedHeads:
     """The heads of one attentive probe, or of the linear probe on one form, trained by autograd.
@@ -126,10 +130,10 @@ class TrainedHeads:
         return {f"module.{name}": value.detach().cpu().clone() for name, value in module.state_dict().items()}
 
     def saved_as(self, head: int) -> dict[str, Any]:
-        """What a file says of an attentive head, besides its parameters: enough to build it again."""
+        """What a file says of a head, besides its parameters; of an attentive one enough to build it again."""
         mine = self.heads[head]
         if mine.form is not None:
-            return {"form": list(mine.form), "lr": mine.lr, "weight_decay": mine.wd}
+            return mine.linear_as_saved()
         classes = self.modules[head].num_classes
         return {
             "label": self.probe.label, "probe": self.probe.name, "settings": dict(self.probe.settings),
@@ -174,8 +178,7 @@ class PublishedLinear:
 
     def saved_as(self, head: int) -> dict[str, Any]:
         """What a file says of a head, besides its parameters."""
-        mine = self.heads[head]
-        return {"form": list(mine.form), "lr": mine.lr, "weight_decay": mine.wd}
+        return self.heads[head].linear_as_saved()
 
 
 def _folded(module: ProbeHead) -> dict[str, Tensor]:

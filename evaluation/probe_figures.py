@@ -21,7 +21,7 @@ from evaluation.probe_inputs import extract_inputs, grid_of
 from evaluation.probe_names import ProbeName
 from runtime.checkpoint import write_atomic
 
-QUERY_SIDE = 112  # pixels of a picture, where there are as many as queries
+QUERY_SIDE = 112  # pixels of a picture, if there is one for each query
 MOST_QUERIES = 32  # that are drawn one by one
 
 
@@ -51,9 +51,9 @@ def probe_maps(
     device, names = next(model.parameters()).device, [name for name, _ in named.values()]
     found: dict[str, list[Tensor]] = {label: [] for label in named}
     with eval_mode(model):
+        grid = grid_of(model, normalize(images[:1].to(device)))
         for start in range(0, len(images), batch_size):
             batch = normalize(images[start : start + batch_size].to(device))
-            grid = grid_of(model, batch)
             inputs = extract_inputs(model, batch, [], names)
             for label, (name, head) in named.items():
                 attention = head.eval().to(device).attention(inputs.of(name).float())

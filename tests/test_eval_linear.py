@@ -35,6 +35,22 @@ def probe(*flags) -> None:
     )
 
 
+def probe_in_two_parts(monkeypatch, epoch, *flags) -> None:
+    """The program, killed at the start of an epoch and started again."""
+    train_epoch = eval_linear.train_epoch
+
+    def dies(*args):
+        if args[-1] == f"epoch {epoch}":
+            raise KeyboardInterrupt
+        return train_epoch(*args)
+
+    monkeypatch.setattr(eval_linear, "train_epoch", dies)
+    with pytest.raises(KeyboardInterrupt):
+        probe(*flags)
+    monkeypatch.setattr(eval_linear, "train_epoch", train_epoch)
+    probe(*flags)
+
+
 def results(folder, name="eval_linear") -> dict:
     return json.loads((folder / f"{name}.json").read_text())["results"]
 
@@ -67,18 +83,7 @@ def test_an_interrupted_probe_ends_as_if_it_had_not_been(checkpoint, root, tmp_p
     """Killed after its first epoch and started again, a run ends with the uninterrupted one's heads, bit for bit."""
     flags = ("--pretrained_weights", checkpoint, "--data_path", root, "--lr", 0.1, 1, "--epochs", 3)
     probe(*flags, "--output_dir", tmp_path / "whole")
-    train_epoch = eval_linear.train_epoch
-
-    def dies_in_epoch_one(*args):
-        if args[-1] == "epoch 1":
-            raise KeyboardInterrupt
-        return train_epoch(*args)
-
-    monkeypatch.setattr(eval_linear, "train_epoch", dies_in_epoch_one)
-    with pytest.raises(KeyboardInterrupt):
-        probe(*flags, "--output_dir", tmp_path / "cut")
-    monkeypatch.setattr(eval_linear, "train_epoch", train_epoch)
-    probe(*flags, "--output_dir", tmp_path / "cut")
+    probe_in_two_parts(monkeypatch, 1, *flags, "--output_dir", tmp_path / "cut")
     whole, cut = (read_checkpoint(tmp_path / n / "checkpoint.pth.tar") for n in ("whole", "cut"))
     for a, b in zip(whole["optimizer"]["heads"], cut["optimizer"]["heads"], strict=True):
         assert all(torch.equal(a[name], b[name]) for name in a)

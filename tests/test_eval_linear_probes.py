@@ -15,7 +15,7 @@ from runtime.checkpoint import read_checkpoint
 from runtime.guards import InputError
 from tests.small_images import small_root, tiny_checkpoint
 from tests.test_eval_knn import run_ranks
-from tests.test_eval_linear import probe, results
+from tests.test_eval_linear import probe, probe_in_two_parts, results
 from vision_transformer import VisionTransformer
 
 PROBES = ("linear", "ep:queries=8", "ep_all:queries=8", "aim:heads=8")
@@ -112,18 +112,7 @@ def test_interrupted_probes_end_as_if_they_had_not_been(official, root, tmp_path
     flags = ("--pretrained_weights", official, "--data_path", root, "--probes", "linear", "ep:queries=8", "aim:heads=8",
              "--probe_recipe", recipe, "--lr", 0.01, 0.1, "--epochs", 3)  # fmt: skip
     probe(*flags, "--output_dir", tmp_path / "whole")
-    train_epoch = eval_linear.train_epoch
-
-    def dies_in_epoch_one(*args):
-        if args[-1] == "epoch 1":
-            raise KeyboardInterrupt
-        return train_epoch(*args)
-
-    monkeypatch.setattr(eval_linear, "train_epoch", dies_in_epoch_one)
-    with pytest.raises(KeyboardInterrupt):
-        probe(*flags, "--output_dir", tmp_path / "cut")
-    monkeypatch.setattr(eval_linear, "train_epoch", train_epoch)
-    probe(*flags, "--output_dir", tmp_path / "cut")
+    probe_in_two_parts(monkeypatch, 1, *flags, "--output_dir", tmp_path / "cut")
     assert equal(states(tmp_path / "whole"), states(tmp_path / "cut"))
     whole, cut = (results(tmp_path / name) for name in ("whole", "cut"))
     assert (whole["heads"], whole["probes"]) == (cut["heads"], cut["probes"])
@@ -139,12 +128,7 @@ def test_without_augmentation_the_model_runs_once_on_every_image(official, root,
     assert sum(seen) - 96 - 32 <= 2 * 2  # besides train and val only blank images, which tell the widths
     losses = [row["train_loss"] for row in results(tmp_path / "whole")["heads"]]
     assert max(losses) < np.log(4)
-    train_epoch = eval_linear.train_epoch
-    monkeypatch.setattr(eval_linear, "train_epoch", lambda *a: exit() if a[-1] == "epoch 4" else train_epoch(*a))
-    with pytest.raises(SystemExit):
-        probe(*flags, "--epochs", 6, "--val_freq", 3, "--output_dir", tmp_path / "cut")
-    monkeypatch.setattr(eval_linear, "train_epoch", train_epoch)
-    probe(*flags, "--epochs", 6, "--val_freq", 3, "--output_dir", tmp_path / "cut")
+    probe_in_two_parts(monkeypatch, 4, *flags, "--epochs", 6, "--val_freq", 3, "--output_dir", tmp_path / "cut")
     assert equal(states(tmp_path / "whole"), states(tmp_path / "cut"))
     with pytest.raises(InputError, match="crops was central and is bilinear"):
         probe(*flags, "--epochs", 6, "--val_freq", 3, "--augment", "true", "--output_dir", tmp_path / "cut")
