@@ -152,7 +152,7 @@ def write_parts(
         array = share.features.view(len(rows), *shape).numpy()
         _write_npz(_part(folder, number), {"features": array, "index": rows, **_columns(source, rows)})
     if settings["on_bad_image"] == "skip":
-        features.report_skipped(source, bad, "--embed")
+        features.report_skipped(source, bad, "input")
     barrier()  # the index says that all parts are there
     if is_main_process():
         files = [_part(folder, number).name for number in range(len(starts))]

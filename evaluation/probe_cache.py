@@ -1,4 +1,4 @@
-"""Tokens of images that are seen without augmentation: validation and held-out images, and train if it is so asked.
+"""Tokens of images that are seen without augmentation: validation and held-out images, and training images on request.
 
 The tokens of a large set do not fit into memory (50,000 images of a ViT-B/16 take 30 GB). Batches are cached until a
 memory budget is spent; the remaining images pass through the backbone again at every validation, with the same numbers.

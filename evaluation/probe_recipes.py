@@ -32,7 +32,7 @@ CAPI_WDS = (5e-4, 1e-3, 5e-2)
 
 @dataclass(frozen=True)
 class Recipe:
-    """One protocol, of which `lrs`, `wds` and `epochs` are what the command line does not set."""
+    """One protocol. The command line can replace its `lrs`, `wds` and `epochs`."""
 
     name: str
     optimizer: str

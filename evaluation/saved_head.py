@@ -26,7 +26,7 @@ from runtime.terminal import say
 
 
 class Logits:
-    """What images are counted by whose attentive head has been applied already: their logits (B, C)."""
+    """Counts the hits of an attentive head from its logits (B, C), as `Probe` counts those of linear heads."""
 
     heads = ("",)
 

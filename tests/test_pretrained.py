@@ -45,7 +45,7 @@ def test_presets_are_recognised_by_their_shapes(name):
 
 @pytest.mark.parametrize("stem", ["standard", "small"])
 def test_the_stem_of_a_resnet(stem):
-    """Recorded, and where it is not, read from the first kernel; a record that contradicts it is refused."""
+    """Recorded, or else read from the first kernel; a record that contradicts it is refused."""
     with torch.device("meta"):
         weights = backbones.build_backbone("resnet18", stem=stem).state_dict()
     other = "small" if stem == "standard" else "standard"

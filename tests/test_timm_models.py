@@ -160,7 +160,7 @@ def test_training(name, photographs):
         model.set_grad_checkpointing(checkpointing)
         model.zero_grad()
         model(photographs).square().mean().backward()
-        gradients.append({key: p.grad.clone() for key, p in model.named_parameters()})  # fails where there is none
+        gradients.append({key: p.grad.clone() for key, p in model.named_parameters()})  # fails if one has none
     for key, gradient in gradients[0].items():
         assert torch.allclose(gradient, gradients[1][key], atol=1e-6), key
     kept = {key for key, p in model.named_parameters() if p.ndim > 1} - model.no_weight_decay()

@@ -229,7 +229,7 @@ def find(method: str, arch: str, recipe: str = "auto") -> tuple[str, dict[str, A
     """The full name and the values of a recipe; a method without recipes has an empty one, named "none".
 
     `auto` and `simpool` mean the recipe of the architecture's family; `official` does too, in supervised training,
-    where both poolings share one. A name such as `cifar`, of which there is one for each family, means
+    whose poolings share one. A name such as `cifar`, of which there is one for each family, means
     `cifar_FAMILY`. Raises ValueError for an unknown recipe, and for one that the family does not have.
     """
     known = RECIPES.get(method, {})
