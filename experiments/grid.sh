@@ -5,6 +5,7 @@
 #   --output_dir FOLDER  where the runs go, one folder LABEL/seedN each (default: output/experiments/NAME)
 #   --seeds N [N ...]    default: 0 1 2
 #   --only LABEL [...]   some of the variants (default: all)
+#   --subset N           the first N training images of each class, for the evaluations too (default: all)
 # All other flags go to the program, after the experiment's own, so that they win: --arch, --epochs, --recipe ...
 # Start the same command again to continue: finished runs are left out, and an interrupted one goes on where it was.
 # From the environment: NPROC processes (default: one per visible GPU; 1 without a GPU).
@@ -15,13 +16,15 @@ program=(main_supervised.py)
 
 settle() {
     experiment=$(basename "$(cd "$(dirname "$0")" && pwd)")
-    data='' output='' seeds=() only=() more=() failed=()
+    data='' output='' seeds=() only=() more=() subset=() failed=()
     while [ $# -gt 0 ]; do
         case $1 in
         --data_path | --data-path) data=${2:?"$1 needs a value"} && shift 2 ;;
         --output_dir | --output-dir) output=${2:?"$1 needs a value"} && shift 2 ;;
         --data_path=* | --data-path=*) data=${1#*=} && shift ;;
         --output_dir=* | --output-dir=*) output=${1#*=} && shift ;;
+        --subset) subset=(--subset "${2:?"$1 needs a value"}") && more+=("${subset[@]}") && shift 2 ;;
+        --subset=*) subset=("$1") && more+=("$1") && shift ;;
         --seeds)
             shift
             while [ $# -gt 0 ] && [[ $1 != --* ]]; do seeds+=("$1") && shift; done

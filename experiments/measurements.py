@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from runtime.guards import InputError
 
 RUN = "LABEL/seedN"
-_TEXTS = ("config.json", "log.txt", "DONE")
+_UNTRAINED = "untrained.json"
+_TEXTS = ("config.json", "log.txt", "DONE", _UNTRAINED)
 _NAMES = ("k", "name", "nu")  # what tells the entries of a list apart in the JSON of an evaluation
 _HEADER = ["label", "seed", "metric", "value", "file"]
 
@@ -63,7 +64,8 @@ def find_runs(root: Path) -> list[RunFolder]:
 def read_run(run: RunFolder, relative_to: Path) -> list[Measurement]:
     """Every number of a run: the last ones of each evaluation in log.txt, and those of the evaluations' JSON files.
 
-    A metric's name is the path to the number: "val average top1", "k-NN 20 top1", "eval_knn knn 20 top1".
+    A metric's name is the path to the number: "val average top1", "k-NN 20 top1", "eval_knn knn 20 top1",
+    "untrained k-NN 20 top1" (before the first step).
     Raises InputError for a file that cannot be read, and if its own config.json says another seed.
     """
     measured = []
@@ -74,6 +76,8 @@ def read_run(run: RunFolder, relative_to: Path) -> list[Measurement]:
         where = path.relative_to(relative_to).as_posix()
         if path.name == "log.txt":
             numbers = _last_evaluations(path)
+        elif path.name == _UNTRAINED:
+            numbers = dict(_flat(read_json(path), path.stem))
         elif path.suffix == ".json" and path.name != "config.json":
             prefix = " ".join([*path.parent.relative_to(run.path).parts, path.stem])
             numbers = dict(_flat(read_json(path).get("results", {}), prefix))

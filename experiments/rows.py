@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,24 +23,40 @@ class Row:
 def compare(
     measured: list[Measurement], metrics: list[str], baseline: str | None, order: Sequence[str] = ()
 ) -> list[Row]:
-    """A row for each label: those of `order` in this order, then by the first metric, the baseline first."""
+    """A row for each label: those of `order` in this order, then by the first metric, the baseline first.
+
+    The baseline is a label, or the last word of several: with "official", vit_simpool is compared with vit_official and
+    resnet_simpool with resnet_official.
+    """
     rows: dict[str, Row] = {}
     for entry in measured:
         row = rows.setdefault(entry.label, Row(entry.label))
         if entry.metric in metrics:
             row.values.setdefault(entry.metric, {})[entry.seed] = entry.value
     for row in rows.values():
+        other = baseline_of(row.label, baseline, rows.keys())
+        if other == row.label:
+            continue
         for metric, values in row.values.items():
-            other = rows[baseline].values.get(metric, {}) if baseline is not None else {}
-            if row.label != baseline:
-                row.differences[metric] = [values[seed] - other[seed] for seed in sorted(values.keys() & other.keys())]
+            base = rows[other].values.get(metric, {}) if other is not None else {}
+            row.differences[metric] = [values[seed] - base[seed] for seed in sorted(values.keys() & base.keys())]
 
     def rank(row: Row) -> tuple[int, bool, float]:
         values = row.values.get(metrics[0], {}).values()
         place = order.index(row.label) if row.label in order else len(order)
-        return place, row.label != baseline, -statistics.fmean(values) if values else math.inf
+        first = row.label == baseline_of(row.label, baseline, rows.keys())
+        return place, not first, -statistics.fmean(values) if values else math.inf
 
     return sorted(rows.values(), key=rank)
+
+
+def baseline_of(label: str, baseline: str | None, labels: Collection[str]) -> str | None:
+    """The label that `label` is compared with, itself if it is a baseline; None if there is none."""
+    if baseline is None or baseline in labels:
+        return baseline
+    words = label.split("_")
+    candidates = ("_".join([*words[:count], baseline]) for count in range(len(words), 0, -1))
+    return next((candidate for candidate in candidates if candidate in labels), None)
 
 
 def markdown(title: str, rows: list[Row], columns: dict[str, str], baseline: str | None) -> str:

@@ -8,7 +8,8 @@ A run is a folder LABEL/seedN with config.json, log.txt and the JSON files of ev
 localisation ...), as the programs write them. --runs copies these texts of the finished runs, not the weights, to
 experiments/NAME/runs, with the folders of runs and images cut out of them; every number of results.csv comes from
 there, and each row of the table links to them. table.json next to run.sh names the title, the columns, the label that
-the others are compared with (baseline) and the order of the rows (by default the first column's).
+the others are compared with (baseline: a label, or its last word if each model has one, such as "official" for
+vit_official and resnet_official) and the order of the rows (by default the first column's).
 
 Numbers are means over seeds and, from two seeds on, their sample standard deviation. A difference to the baseline is
 taken seed by seed, over the seeds that both have, so what a seed does to both cancels out.
@@ -21,7 +22,7 @@ import shutil
 from pathlib import Path
 
 from experiments.measurements import RUN, Measurement, RunFolder, find_runs, read_csv, read_json, read_run, to_csv
-from experiments.rows import Row, compare, markdown, picture
+from experiments.rows import Row, baseline_of, compare, markdown, picture
 from runtime.cli import add_flag, parse_described
 from runtime.guards import EXIT_DONE, InputError, run_program
 from runtime.terminal import say
@@ -150,7 +151,7 @@ def rows_of(measured: list[Measurement], description: dict, folder: Path) -> tup
     if not columns:
         raise InputError(f"{folder}: no run has a column of the table; there are: {', '.join(metrics[:20]) or 'none'}")
     baseline, labels = description.get("baseline"), {entry.label for entry in measured}
-    if baseline is not None and baseline not in labels:
+    if baseline is not None and not any(baseline_of(label, baseline, labels) for label in labels):
         say(f"warning: {folder}: the baseline {baseline} has no run, so nothing is compared with it")
         baseline = description["baseline"] = None
     return compare(measured, list(columns), baseline, description.get("order", ())), columns

@@ -7,8 +7,8 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../grid.sh"
 program=(main_attmask.py)
 measure() {
-    "${launch[@]}" eval_knn.py --pretrained_weights "$1/checkpoint.pth" --data_path "$data" --output_dir "$1" \
-        --low_shot 1 5 10 20 --low_shot_draw random
+    "${launch[@]}" eval_knn.py --pretrained_weights "$1/checkpoint.pth" --data_path "$data" "${subset[@]}" \
+        --output_dir "$1" --low_shot 1 5 10 20 --low_shot_draw random
 }
 settle "$@"
 for shape in attmask_high attmask_hint attmask_low rand block; do

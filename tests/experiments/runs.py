@@ -19,6 +19,7 @@ def write_run(
     ]  # fmt: skip
     rows.append({"epoch": 2, "train_loss": 0.0})  # an epoch without an evaluation
     (folder / "log.txt").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "untrained.json").write_text(json.dumps({"k-NN": {"20": {"top1": 21.5, "top5": 60.0}}}))
     config = {"arch": "vit_tiny", "mode": label, "seed": seed, "data_path": "/somewhere/private/images"}
     (folder / "config.json").write_text(json.dumps({**config, "output_dir": str(folder)}))
     for name, results in (evaluations or {}).items():

@@ -37,3 +37,14 @@ def test_without_a_baseline_there_are_no_differences():
     assert [row.label for row in rows] == ["gem", "gap", "max"]
     assert [row.label for row in compare(MEASURED, ["top1"], None, ("max", "gap"))] == ["max", "gap", "gem"]
     assert "difference" not in markdown("Title", rows, {"top1": "top-1"}, None)
+
+
+def test_each_model_is_compared_with_its_own_baseline():
+    """A last word is the baseline of the labels that begin as its own does; a label without one has no difference."""
+    values = {"vit_official": 50.0, "vit_simpool": 53.0, "resnet_official": 70.0, "resnet_simpool": 69.0, "other": 1.0}
+    measured = [Measurement(label, 0, "top1", value, "f") for label, value in values.items()]
+    rows = {row.label: row.differences.get("top1") for row in compare(measured, ["top1"], "official")}
+    assert rows == {"vit_official": None, "vit_simpool": [3.0], "resnet_official": None, "resnet_simpool": [-1.0],
+                    "other": []}  # fmt: skip
+    order = [row.label for row in compare(measured, ["top1"], "official")]
+    assert order == ["resnet_official", "vit_official", "resnet_simpool", "vit_simpool", "other"]

@@ -145,6 +145,16 @@ def test_finished_runs_are_evaluated_once(tmp_path, name):
     assert {Path(call[call.index("--output_dir") + 1]).parent.name for call in calls} == {labels[1]}
 
 
+def test_a_part_of_the_images_is_the_same_for_training_and_evaluation(tmp_path):
+    """--subset reaches every program, in both spellings."""
+    for subset in (["--subset", "50"], ["--subset=50"]):
+        out = tmp_path / str(len(subset))
+        flags = ["--data_path", "demo", "--output_dir", str(out), "--seeds", "0", "--only", "vit_simpool", *subset]
+        _, calls, printed = run(tmp_path, "simpool", *flags)
+        assert [call[0] for call in calls] == ["main_dino.py", "eval_knn.py", "eval_linear.py"], printed
+        assert all(" ".join(subset) in " ".join(call) for call in calls)
+
+
 @pytest.mark.parametrize("name", [*SELF_SUPERVISED, "pooling", "depth", "gamma"])
 def test_the_programs_take_what_the_scripts_give(tmp_path, name):
     """Every command line of the scripts is read by the program that it is for, and completed without an error."""

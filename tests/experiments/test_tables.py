@@ -36,7 +36,9 @@ def test_new_runs_become_tables_that_can_be_checked(experiment, tmp_path, capsys
     assert "left out: gem/seed0 is not finished" in capsys.readouterr().out
     kept = sorted(path.relative_to(experiment / "runs").as_posix() for path in experiment.rglob("seed0/*"))
     assert kept == [
-        f"{label}/seed0/{name}" for label in ("gap", "simpool") for name in ("DONE", "config.json", "log.txt")
+        f"{label}/seed0/{name}"
+        for label in ("gap", "simpool")
+        for name in ("DONE", "config.json", "log.txt", "untrained.json")
     ]
     texts = "".join(path.read_text() for path in experiment.rglob("*.json"))
     assert str(tmp_path) not in texts

@@ -53,7 +53,9 @@ def both(request, small, tmp_path_factory) -> tuple[list, Path]:
     return flags, folder
 
 
-@pytest.mark.parametrize("both", SETTINGS, indirect=True)
+@pytest.mark.parametrize(
+    "both", ["adamw", *(pytest.param(name, marks=pytest.mark.full) for name in ("lars", "official"))], indirect=True
+)
 def test_a_sharded_run_is_the_run(both):
     """Two processes that share the models train as two that each have them, and write the same checkpoint."""
     flags, folder = both
