@@ -8,8 +8,8 @@
 
 Works for every model with an attention map: SimPool and the attentive poolings on any backbone, and official ViTs; LOST
 also works for models without one. Boxes: PASCAL VOC (folder or tar), COCO, wsolevaluation's metadata, CSV. Writes
-eval_localization_PROTOCOL.json, a curve, and pictures of the 16 best and 16 worst images to --output_dir, by default
-the checkpoint's folder. The protocols: evaluation/localization.py and evaluation/discovery.py.
+eval_localization_PROTOCOL.json, a curve, and pictures of 16 images each (best, worst, random) to --output_dir (default:
+the checkpoint's folder). The protocols: evaluation/localization.py and evaluation/discovery.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Localisation as pictures: the best and the worst images with true and found boxes, and accuracy over thresholds."""
+"""Localisation as pictures: images with true and found boxes (best, worst, random), and accuracy over thresholds."""
 
 from __future__ import annotations
 
@@ -35,6 +35,11 @@ def extremes(iou: np.ndarray, count: int = SHOWN) -> tuple[np.ndarray, np.ndarra
     """Rows of the `count` largest IoUs, the largest first, and of the smallest, the smallest first."""
     order = np.argsort(iou, kind="stable")
     return np.argsort(-iou, kind="stable")[:count], order[:count]
+
+
+def at_random(images: int, count: int = SHOWN) -> np.ndarray:
+    """Rows of `count` images drawn with a fixed seed: of the same images always the same, whatever a model found."""
+    return np.sort(np.random.default_rng(0).permutation(images)[:count])
 
 
 def write_gallery(tiles: Sequence[Tile], title: str, path: Path) -> Path:

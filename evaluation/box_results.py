@@ -176,9 +176,10 @@ def parts(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def write_galleries(outcome: Outcome, view: View, title: str, path_of: Callable[[str], Path]) -> list[Path]:
-    """PNGs of the best and the worst images; path_of: from "best" or "worst" to the file."""
+    """PNGs of the best, the worst and random images; path_of: from "best", "worst" or "random" to the file."""
     written = []
-    for rows, which in zip(box_figures.extremes(outcome.iou), ("best", "worst"), strict=True):
+    shown = (*box_figures.extremes(outcome.iou), box_figures.at_random(len(outcome.iou)))
+    for rows, which in zip(shown, ("best", "worst", "random"), strict=True):
         tiles = [_tile(outcome, int(row), view) for row in rows]
         heading = f"{title}: the {len(rows)} {which} of {len(outcome.iou)} images"
         written.append(box_figures.write_gallery(tiles, heading, path_of(which)))

@@ -294,7 +294,7 @@ def _last_row(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 def _detail(evaluation: Evaluation) -> str:
     """One evaluation in full: its tables, its plot, its images and settings."""
     tables = "".join(f"<h3>{page.text(title)}</h3>{page.table(head, rows)}" for title, head, rows in evaluation.tables)
-    for suffix in ("", "_best", "_worst"):
+    for suffix in ("", "_best", "_worst", "_random"):
         picture = evaluation.path.with_name(f"{evaluation.path.stem}{suffix}.png")
         if picture.is_file() and not picture.is_symlink() and picture.stat().st_size <= _LARGEST_PICTURE:
             tables += page.wide(picture.read_bytes(), picture.stem)

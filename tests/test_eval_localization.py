@@ -101,9 +101,9 @@ def test_corloc_is_that_of_the_public_functions(voc, checkpoint, protocol):
 
 
 def test_pictures_and_curve_are_drawn(voc, checkpoint):
-    """The best and the worst images and the curve are PNGs next to the JSON."""
+    """The best, the worst and random images and the curve are PNGs next to the JSON."""
     assert evaluate("dino_seg", "--pretrained_weights", checkpoint, "--data_path", voc) == 0
-    for suffix in ("", "_best", "_worst"):
+    for suffix in ("", "_best", "_worst", "_random"):
         with Image.open(checkpoint.parent / f"eval_localization_dino_seg{suffix}.png") as picture:
             assert picture.width > 500
             assert len(picture.convert("L").getcolors(256)) > 20

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data.boxes import BoxedImages
-from evaluation.box_figures import extremes
+from evaluation.box_figures import at_random, extremes
 from evaluation.box_results import CORLOC, corloc_outcome, parts
 from evaluation.discover import Discovered
 from runtime.guards import InputError
@@ -48,3 +48,12 @@ def test_the_best_and_the_worst_are_drawn_in_order():
     best, worst = extremes(np.array([0.5, 0.9, 0.1, 0.9]), 3)
     assert (best.tolist(), worst.tolist()) == ([1, 3, 0], [2, 0, 1])
     assert [len(rows) for rows in extremes(np.array([0.5]))] == [1, 1]
+
+
+def test_random_images_are_the_same_for_every_model():
+    """The draw depends on the number of images alone; few images are all shown."""
+    drawn = at_random(100).tolist()
+    assert drawn == at_random(100).tolist() == sorted(set(drawn))
+    assert len(drawn) == 16
+    assert drawn != list(range(16))
+    assert at_random(3).tolist() == [0, 1, 2]
