@@ -16,7 +16,9 @@ import pretrained
 from poolings.choose import read_settings
 from runtime.guards import InputError, input_errors
 from training.flags import FORMER_DEFAULTS
+from vision_transformer import image_size
 
+_MANY_PATCHES = 4  # times as many as a backbone was trained on: likely a size that nobody chose
 _BY_SIZE = f"for images below {backbones.SMALL_IMAGES} pixels"
 
 
@@ -106,7 +108,7 @@ def load_initial_backbone(backbone: nn.Module, args: argparse.Namespace) -> None
 
 
 def fit_positions(backbone: nn.Module, weights: dict[str, Tensor]) -> list[str]:
-    """Resample position embeddings in `weights` to the grid of the backbone's, bicubic; returns a note if it did.
+    """Resample position embeddings in `weights` to the grid of the backbone's, bicubic; returns notes if it did.
 
     Other shapes are left alone: only a square grid of patches after the same number of other tokens is known.
     """
@@ -126,7 +128,15 @@ def fit_positions(backbone: nn.Module, weights: dict[str, Tensor]) -> list[str]:
         patches = given[:, prefix:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
         patches = F.interpolate(patches, size=tuple(grid), mode="bicubic").permute(0, 2, 3, 1).flatten(1, 2)
         weights[name] = torch.cat([given[:, :prefix], patches.to(given.dtype)], dim=1)
-        return [f"position embeddings resampled from {side}x{side} to {grid[0]}x{grid[1]} patches"]
+        notes = [f"position embeddings resampled from {side}x{side} to {grid[0]}x{grid[1]} patches"]
+        times = grid[0] * grid[1] / side**2
+        if times > _MANY_PATCHES:
+            pixels = side * image_size(embed.patch_size)[0]
+            notes.append(
+                f"an image has {times:.0f} times as many patches as in the checkpoint's training, and takes that much "
+                f"more time and memory; --img_size {pixels} keeps its size"
+            )
+        return notes
     return []
 
 

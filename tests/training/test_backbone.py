@@ -212,6 +212,13 @@ def test_positions_of_a_timm_model_are_resampled():
     assert fit_positions(build(img_size=64), weights) == ["position embeddings resampled from 2x2 to 4x4 patches"]
 
 
+def test_many_more_patches_than_in_training_are_said():
+    """Nine times the patches of the file: likely a default that nobody chose, so the file's own size is named."""
+    _, said = fit_positions(vit(96), vit(32).state_dict())
+    assert "9 times as many patches" in said
+    assert "--img_size 32 keeps its size" in said
+
+
 def test_other_widths_are_left_to_the_loader():
     """A file of another width is refused by the loader, which names the shapes."""
     weights = backbones.build_backbone("vit_tiny", patch_size=8, img_size=32, depth=1).state_dict()
