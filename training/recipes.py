@@ -12,6 +12,7 @@ import argparse
 from typing import Any
 
 from backbones import family
+from runtime.cli import near_hint
 from training import recipes_attmask, recipes_small
 
 _SIMPOOL_VIT = {
@@ -247,7 +248,9 @@ def find(method: str, arch: str, recipe: str = "auto") -> tuple[str, dict[str, A
     if name not in known and families:
         raise ValueError(f"--recipe {recipe!r} has no values for {arch}; it is for {' and '.join(families)} networks")
     if name not in known:
-        raise ValueError(f"--recipe {recipe!r} is unknown; choose {', '.join(['auto', *known])}")
+        short = [other.removesuffix(f"_{family(arch)}") for other in known]
+        hint = near_hint(recipe, ["auto", *short])
+        raise ValueError(f"--recipe {recipe!r} is unknown; choose {', '.join(['auto', *known])}{hint}")
     return name, known[name]
 
 

@@ -46,6 +46,8 @@ def test_unknown_recipe():
     """The error lists the recipes."""
     with pytest.raises(ValueError, match="simpool_vit"):
         find("dino", "vit_small", "best")
+    with pytest.raises(ValueError, match=r"did you mean cifar\?"):
+        find("dino", "vit_small", "cifr")
 
 
 @pytest.mark.parametrize(
