@@ -11,6 +11,8 @@ there, and each row of the table links to them. table.json next to run.sh names 
 the others are compared with (baseline: a label, or its last word if each model has one, such as "official" for
 vit_official and resnet_official) and the order of the rows (by default the first column's).
 
+The README next to the experiments' folder has a table of all of them, a line each, which is made and checked here too.
+
 Numbers are means over seeds and, from two seeds on, their sample standard deviation. A difference to the baseline is
 taken seed by seed, over the seeds that both have, so what a seed does to both cancels out.
 """
@@ -23,6 +25,7 @@ from pathlib import Path
 
 from experiments.measurements import RUN, Measurement, RunFolder, find_runs, read_csv, read_json, read_run, to_csv
 from experiments.rows import Row, baseline_of, compare, markdown, picture
+from experiments.summary import line, replaced
 from runtime.cli import add_flag, parse_described
 from runtime.guards import EXIT_DONE, InputError, run_program
 from runtime.terminal import say
@@ -49,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.runs is not None:
         keep(args.runs, folders[0])
     different = [path for folder in folders for path in make(folder, args.check)]
+    different += summarize(args.folder, args.check)
     if different:
         say(f"not what the runs give: {', '.join(map(str, different))}; make them with python -m experiments.tables")
         return EXIT_DIFFERENT
@@ -126,6 +130,25 @@ def make(folder: Path, check: bool) -> list[Path]:
         path.write_text(text)
     picture(rows, next(iter(columns.items())), description["title"], folder / "table.png")
     say(f"{folder}: {len(rows)} rows, {len(measured)} numbers\n\n{texts[folder / 'table.md']}")
+    return []
+
+
+def summarize(root: Path, check: bool) -> list[Path]:
+    """Write the table of the README next to the experiments' folder, or compare it; returns the page if it differs.
+
+    A folder without a README next to it has no such table.
+    """
+    page, lines = root.parent / "README.md", []
+    if not page.is_file():
+        return []
+    for folder in with_results(root):
+        description = describe(folder)
+        rows, columns = rows_of(read_csv(folder / "results.csv"), description, folder)
+        lines.append(line(folder, description["title"], rows, *next(iter(columns.items()))))
+    text = replaced(page, lines)
+    if check:
+        return [] if text == page.read_text() else [page]
+    page.write_text(text)
     return []
 
 

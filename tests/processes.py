@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.patience import PATIENCE_S
+
 CONTEXT = multiprocessing.get_context("forkserver")
 # Everything that a run imports on its way: then a tiny run takes a second, not four.
 CONTEXT.set_forkserver_preload(
@@ -31,7 +33,7 @@ class Ranks:
     def pids(self) -> list[int]:
         return [process.pid for process in self.processes]
 
-    def wait(self, timeout_s: float = 600) -> list[int]:
+    def wait(self, timeout_s: float = PATIENCE_S) -> list[int]:
         """Exit codes by rank; processes that outlast the time are killed and fail the test."""
         deadline = time.monotonic() + timeout_s
         for process in self.processes:
@@ -48,7 +50,7 @@ class Ranks:
         chosen = self.outputs if rank is None else [self.outputs[rank]]
         return "\n".join(path.read_text(errors="replace") for path in chosen if path.exists())
 
-    def wait_for(self, words: str, rank: int = 0, timeout_s: float = 300) -> None:
+    def wait_for(self, words: str, rank: int = 0, timeout_s: float = PATIENCE_S) -> None:
         """Wait until a rank has printed `words`."""
         deadline = time.monotonic() + timeout_s
         while words not in self.text(rank):

@@ -19,6 +19,7 @@ import eval_knn
 from evaluation.embedding import read_parts
 from evaluation.models import load_checkpoint_model
 from runtime.guards import InputError
+from tests.patience import PATIENCE_S
 from tests.pretraining import VIT, rows, train
 from tests.reference import reference_checkpoint_path
 from tests.small_images import small_root, tiny_checkpoint
@@ -58,7 +59,7 @@ def run_ranks(program: str, *flags, world: int = 2) -> None:
         for rank in range(world)
     ]
     for rank in ranks:
-        output, _ = rank.communicate(timeout=240)
+        output, _ = rank.communicate(timeout=PATIENCE_S)
         assert rank.returncode == 0, output
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests import processes
+from tests.patience import PATIENCE_S
 from tests.pretraining import VIT, assert_equal_states
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,7 +83,7 @@ def begin(command: list, output: Path, **variables: str) -> subprocess.Popen:
         )  # fmt: skip
 
 
-def finish(process: subprocess.Popen, output: Path, timeout_s: float = 600) -> int:
+def finish(process: subprocess.Popen, output: Path, timeout_s: float = PATIENCE_S) -> int:
     """The exit code; a process that outlasts the time is killed and fails the test."""
     try:
         return process.wait(timeout_s)
@@ -92,7 +93,7 @@ def finish(process: subprocess.Popen, output: Path, timeout_s: float = 600) -> i
         raise AssertionError(f"still running after {timeout_s} s:\n{output.read_text()}") from None
 
 
-def wait_for(paths: list[Path], process: subprocess.Popen, output: Path, timeout_s: float = 300) -> None:
+def wait_for(paths: list[Path], process: subprocess.Popen, output: Path, timeout_s: float = PATIENCE_S) -> None:
     """Wait until all the files are there."""
     deadline = time.monotonic() + timeout_s
     while not all(path.exists() for path in paths):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.boxed_images import boxed_folder
+from tests.patience import PATIENCE_S
 from tests.small_images import small_root, tiny_checkpoint
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "run_scripts"
@@ -78,7 +79,7 @@ def run(script: str, *flags: str, **env: str) -> subprocess.CompletedProcess:
     """A script under this Python, which the scripts take as the active environment."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return subprocess.run(
-        ["bash", str(SCRIPTS / f"{script}.sh"), *flags], capture_output=True, text=True, timeout=300,
+        ["bash", str(SCRIPTS / f"{script}.sh"), *flags], capture_output=True, text=True, timeout=PATIENCE_S,
         env={**os.environ, "PATH": path, "NPROC": "1", **env}, check=False,
     )  # fmt: skip
 

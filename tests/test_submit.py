@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch.distributed.run
 
+from tests.patience import PATIENCE_S
 from tests.pretraining import VIT
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,7 +79,13 @@ class Cluster:
         """run_scripts/submit.py."""
         command = [sys.executable, str(ROOT / "run_scripts" / "submit.py"), *map(str, words)]
         return subprocess.run(
-            command, cwd=self.folder, env={**self.env, **env}, capture_output=True, text=True, timeout=60, check=False
+            command,
+            cwd=self.folder,
+            env={**self.env, **env},
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+            check=False,
         )
 
     def batch(self, script: Path, *words: str, job: int = 100, tasks: int = 2, nodes: int = 1, **env: str):
@@ -92,7 +99,7 @@ class Cluster:
         }  # fmt: skip
         return subprocess.run(
             ["bash", str(copy), *words], cwd=self.folder, env={**self.env, **slurm, **env},
-            capture_output=True, text=True, timeout=120, check=False,
+            capture_output=True, text=True, timeout=PATIENCE_S, check=False,
         )  # fmt: skip
 
 

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import PATIENCE_S
+
 SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "gpu.sh"
 
 
 def rehearse(output: Path, *flags: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         ["bash", str(SCRIPT), "--rehearse", "--output_dir", str(output), *flags],
-        capture_output=True, text=True, timeout=1800, check=False,
+        capture_output=True, text=True, timeout=3 * PATIENCE_S, check=False,
     )  # fmt: skip
 
 
@@ -42,5 +44,5 @@ def test_parts_are_chosen_by_name(tmp_path):
 
 def test_images_are_needed_without_a_rehearsal(tmp_path):
     """The parts that load images say so at once."""
-    done = subprocess.run(["bash", str(SCRIPT)], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(["bash", str(SCRIPT)], capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert (done.returncode, "--data_path" in done.stderr) == (2, True)

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from experiments import tables
+from experiments.summary import BEGIN, END
 from runtime.guards import InputError
 from tests.experiments.runs import write_run
 
@@ -62,6 +63,23 @@ def test_new_runs_become_tables_that_can_be_checked(experiment, tmp_path, capsys
     assert run("--folder", experiment.parent, "--check") == 0
 
 
+def test_the_readme_has_a_line_for_each_experiment(experiment, tmp_path):
+    """Made with the tables, checked with them; a page without a place for it is an error that names the marks."""
+    page = tmp_path / "README.md"
+    page.write_text(f"# Title\n\n{BEGIN}\nold\n{END}\n\nThe end.\n")
+    assert run("poolings", "--folder", experiment.parent, "--runs", tmp_path / "new") == 0
+    row = "| [Poolings](experiments/poolings/README.md) | top-1 | gap 51.5 ± 0.7, simpool 53.5 ± 0.7 | 2 |"
+    assert row in page.read_text().splitlines()
+    assert page.read_text().startswith(f"# Title\n\n{BEGIN}\n")
+    assert page.read_text().endswith(f"{END}\n\nThe end.\n")
+    assert run("--folder", experiment.parent, "--check") == 0
+    page.write_text(page.read_text().replace("53.5", "54.5"))
+    assert run("--folder", experiment.parent, "--check") == 1
+    page.write_text("# Title\n")
+    with pytest.raises(InputError, match="no place for the measurements"):
+        run("--folder", experiment.parent)
+
+
 def test_results_without_their_raw_files_still_make_the_table(experiment, tmp_path):
     """results.csv alone is enough for the table and the picture."""
     assert run("poolings", "--folder", experiment.parent, "--runs", tmp_path / "new") == 0
@@ -114,3 +132,8 @@ def test_runs_without_a_column_or_a_baseline(experiment, tmp_path, capsys):
     (experiment / "table.json").write_text('{"titel": "T"}')
     with pytest.raises(InputError, match=r"table\.json has titel: give a title"):
         run("--folder", experiment.parent)
+
+
+def test_the_tables_of_this_project_are_those_of_its_runs():
+    """What is committed, the README's table too, is what the raw files give."""
+    assert run("--check") == 0

@@ -18,6 +18,7 @@ from runtime import saver as saver_module
 from runtime.checkpoint import read_checkpoint
 from runtime.saver import CheckpointSaver
 from tests import processes
+from tests.patience import PATIENCE_S
 from tests.pretraining import assert_equal_states, rows
 from tests.reliability import injection
 from tests.reliability.conftest import Whole
@@ -46,8 +47,8 @@ def saved_in_child(folder: Path, fault: Callable[[], None]) -> list[str]:
 
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
-    answered = parent.poll(300)
-    process.join(60)
+    answered = parent.poll(PATIENCE_S)
+    process.join(PATIENCE_S)
     assert answered, f"the writer ended its process with {process.exitcode}"
     return parent.recv()
 

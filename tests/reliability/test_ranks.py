@@ -10,14 +10,12 @@ from functools import partial
 import pytest
 
 from tests import processes
+from tests.patience import PATIENCE_S, on_this_machine
 from tests.pretraining import VIT, rows
 from tests.reliability import injection
 from tests.reliability.conftest import Whole
 from tests.reliability.test_signals import assert_gone, children
 from tests.tensorboard_tags import scalars
-
-TIMEOUT_S = 8
-PATIENCE_S = 180  # a busy machine takes its time; a rank that hangs for good takes longer
 
 
 def loader_workers(ranks: processes.Ranks) -> list[int]:
@@ -45,7 +43,7 @@ def test_a_dead_or_hung_rank_ends_the_others(whole: Whole, tmp_path, number, vic
     folder = tmp_path / "run"
     flags = [*whole.flags, "--global_batch_size", 16, "--num_workers", 1, "--output_dir", folder]
     slow = partial(injection.slow_steps, first=2, seconds=0.3)
-    ranks = processes.start([*flags, "--timeout", TIMEOUT_S], tmp_path, world=2, patch=slow)
+    ranks = processes.start([*flags, "--timeout", on_this_machine(8)], tmp_path, world=2, patch=slow)
     ranks.wait_for("at step 2")
     workers = loader_workers(ranks)
     os.kill(ranks.pids[victim], number)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 from runtime.preempt import StopRequest, requeue_slurm_job
+from tests.patience import PATIENCE_S, on_this_machine
 
 
 def test_stop_signals():
@@ -69,7 +70,7 @@ def test_ctrl_c_is_answered_while_a_library_works():
         assert "finishing this step, then saving" in process.stderr.readline()
         process.send_signal(signal.SIGINT)
         # 130 if our thread ended it, the signal itself if Python had run the first handler by then.
-        assert process.wait(30) in (130, -signal.SIGINT)
+        assert process.wait(on_this_machine(30)) in (130, -signal.SIGINT)
         assert process.stdout.read() == ""
     finally:
         process.kill()
@@ -80,7 +81,7 @@ def test_one_answer_per_signal():
     """A repeated SIGTERM is answered once."""
     code = "import os, signal\nfrom runtime.preempt import StopRequest\nwith StopRequest():\n" \
            "    for _ in range(3):\n        os.kill(os.getpid(), signal.SIGTERM)"  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_S, check=True)
     assert done.stderr.split("\n")[:-1] == ["SIGTERM: finishing this step, then saving and leaving"]
 
 

@@ -12,6 +12,7 @@ from runtime import saver as saver_module
 from runtime.checkpoint import read_checkpoint
 from runtime.guards import InputError, SaveError
 from runtime.saver import CheckpointSaver, find_checkpoint, to_host
+from tests.patience import PATIENCE_S
 
 
 def names(folder: Path) -> list[str]:
@@ -59,7 +60,7 @@ def test_training_does_not_wait_for_the_disk(tmp_path, monkeypatch):
     disk, said, real = threading.Event(), [], saver_module.save_checkpoint
 
     def slow(content, path):
-        assert disk.wait(30)
+        assert disk.wait(PATIENCE_S)
         real(content, path)
 
     monkeypatch.setattr(saver_module, "save_checkpoint", slow)

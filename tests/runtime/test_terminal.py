@@ -12,6 +12,7 @@ import threading
 import pytest
 
 from runtime import terminal
+from tests.patience import PATIENCE_S
 
 SAY = "from runtime import terminal; from runtime.guards import run_program\n"
 
@@ -19,7 +20,7 @@ SAY = "from runtime import terminal; from runtime.guards import run_program\n"
 def run(code: str, **kwargs) -> subprocess.CompletedProcess:
     """A Python process with `code`."""
     kwargs = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **kwargs}
-    return subprocess.run([sys.executable, "-c", SAY + code], timeout=60, check=False, **kwargs)
+    return subprocess.run([sys.executable, "-c", SAY + code], timeout=PATIENCE_S, check=False, **kwargs)
 
 
 PROGRAM = """
@@ -44,7 +45,7 @@ def test_a_reader_that_is_gone():
     os.close(write)
     assert os.read(read, 4) == b"line"
     os.close(read)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 75
     assert b"Traceback" not in errors
     assert b"BrokenPipe" not in errors

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.patience import PATIENCE_S
 from torchfile.read import read, verify
 
 CONTENT = {
@@ -155,7 +156,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, path.stat().s
 def test_memory_is_bounded_by_the_file(tmp_path, kind, outcome):
     """Reading takes no more than three times the file's bytes and 200 MB."""
     command = [sys.executable, "-c", HOSTILE, kind, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE_S)
     found, grown_kib, file_kib = done.stdout.split()
     assert found == outcome
     assert int(grown_kib) < 3 * int(file_kib) + 200_000

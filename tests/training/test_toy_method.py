@@ -17,6 +17,7 @@ from runtime.checkpoint import read_checkpoint
 from runtime.distributed import leave
 from runtime.guards import InputError
 from tests import pretraining
+from tests.patience import PATIENCE_S
 from tests.processes import free_port
 from tests.training import autoencoder
 
@@ -61,7 +62,7 @@ def test_killed_and_continued_it_ends_in_the_same_bits(small, tmp_path):
     assert train("--data_path", small, "--output_dir", tmp_path / "whole") == 0
     folder = tmp_path / "killed"
     process = begin(folder, small, "--checkpoint_every_steps", 1)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + PATIENCE_S
     while not (folder / "checkpoint.pth").exists():
         assert time.monotonic() < deadline
         assert process.poll() is None
