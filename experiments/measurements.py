@@ -62,9 +62,9 @@ def find_runs(root: Path) -> list[RunFolder]:
 
 
 def read_run(run: RunFolder, relative_to: Path) -> list[Measurement]:
-    """Every number of a run: the last ones of each evaluation in log.txt, and those of the evaluations' JSON files.
+    """Every number of a run: the last loss and evaluations in log.txt, and those of the evaluations' JSON files.
 
-    A metric's name is the path to the number: "val average top1", "k-NN 20 top1", "eval_knn knn 20 top1",
+    A metric's name is the path to the number: "train_loss", "val average top1", "k-NN 20 top1", "eval_knn knn 20 top1",
     "untrained k-NN 20 top1" (before the first step).
     Raises InputError for a file that cannot be read, and if its own config.json says another seed.
     """
@@ -75,7 +75,7 @@ def read_run(run: RunFolder, relative_to: Path) -> list[Measurement]:
     for path in run.files():
         where = path.relative_to(relative_to).as_posix()
         if path.name == "log.txt":
-            numbers = _last_evaluations(path)
+            numbers = _last_of_log(path)
         elif path.name == _UNTRAINED:
             numbers = dict(_flat(read_json(path), path.stem))
         elif path.suffix == ".json" and path.name != "config.json":
@@ -87,8 +87,8 @@ def read_run(run: RunFolder, relative_to: Path) -> list[Measurement]:
     return measured
 
 
-def _last_evaluations(path: Path) -> dict[str, float]:
-    """The last numbers of each evaluation that an epoch's row of a log holds, such as {"val": {"model": {...}}}."""
+def _last_of_log(path: Path) -> dict[str, float]:
+    """The last epoch's mean loss, and the last numbers of each evaluation, such as {"val": {"model": {...}}} in a row."""
     last: dict[str, float] = {}
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
@@ -96,7 +96,7 @@ def _last_evaluations(path: Path) -> dict[str, float]:
         except ValueError as error:
             raise InputError(f"{path}, line {number}, is no JSON: {error}") from error
         for name, value in row.items():
-            if isinstance(value, Mapping) and name != "monitors":
+            if name == "train_loss" or (isinstance(value, Mapping) and name != "monitors"):
                 last |= dict(_flat(value, name))
     return last
 

@@ -21,7 +21,7 @@ def test_the_last_evaluation_of_the_log_and_every_json(tmp_path):
     """Training, k-NN and localisation alike, by the path to the number; what is no finite number is left out."""
     write_run(tmp_path, "simpool", 1, 40.0, {"eval_knn": KNN, "after/eval_localization_wsol": BOXES})
     assert numbers(tmp_path) == {
-        "val model top1": 40.0, "val model top5": 60.0, "val average top1": 41.0,
+        "train_loss": 0.0, "val model top1": 40.0, "val model top5": 60.0, "val average top1": 41.0,
         "untrained k-NN 20 top1": 21.5, "untrained k-NN 20 top5": 60.0,
         "eval_knn knn 10 temperature": 0.07, "eval_knn knn 10 top1": 61.25,
         "eval_knn knn 20 temperature": 0.07, "eval_knn knn 20 top1": 62.5,

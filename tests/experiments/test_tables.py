@@ -48,8 +48,9 @@ def test_new_runs_become_tables_that_can_be_checked(experiment, tmp_path, capsys
 
     table = (experiment / "table.md").read_text()
     assert "| [simpool](runs/simpool) | 0, 1 | 53.50 ± 0.71 | +2.00 ± 0.00 (n = 2) |" in table
-    assert (experiment / "results.csv").read_text().splitlines()[1:3] == [
-        "gap,0,val model top1,50.0,runs/gap/seed0/log.txt", "gap,0,val model top5,70.0,runs/gap/seed0/log.txt",
+    assert (experiment / "results.csv").read_text().splitlines()[1:4] == [
+        "gap,0,train_loss,0.0,runs/gap/seed0/log.txt", "gap,0,val model top1,50.0,runs/gap/seed0/log.txt",
+        "gap,0,val model top5,70.0,runs/gap/seed0/log.txt",
     ]  # fmt: skip
     assert (experiment / "table.png").read_bytes().startswith(b"\x89PNG")
     assert run("--folder", experiment.parent, "--check") == 0
@@ -127,7 +128,7 @@ def test_runs_without_a_column_or_a_baseline(experiment, tmp_path, capsys):
     assert "the baseline cls has no run" in capsys.readouterr().out
     assert "| val model top1 | val average top1 |" in (experiment / "table.md").read_text()
     (experiment / "table.json").write_text('{"title": "T", "columns": {"auc": "AUC"}}')
-    with pytest.raises(InputError, match="no run has a column of the table; there are: val model top1"):
+    with pytest.raises(InputError, match="no run has a column of the table; there are: train_loss, val model top1"):
         run("--folder", experiment.parent)
     (experiment / "table.json").write_text('{"titel": "T"}')
     with pytest.raises(InputError, match=r"table\.json has titel: give a title"):
