@@ -88,7 +88,7 @@ def read_run(run: RunFolder, relative_to: Path) -> list[Measurement]:
 
 
 def _last_of_log(path: Path) -> dict[str, float]:
-    """The last epoch's mean loss, and the last numbers of each evaluation, such as {"val": {"model": {...}}} in a row."""
+    """The last epoch's mean loss, and the last numbers of each evaluation (in a row: {"val": {"model": {...}}})."""
     last: dict[str, float] = {}
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
