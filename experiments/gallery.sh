@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The pictures of docs/gallery.md, from models that the questions trained; which images are shown is drawn, not chosen.
 #   bash experiments/gallery.sh --photos imagenet_sample/ --boxes raccoon_voc/ --runs output/experiments
-# --runs holds the runs of simpool and attmask. --photos is any folder of photographs, --boxes one with boxes
+# --runs holds the runs of experiments/simpool. --photos is any folder of photographs, --boxes one with boxes
 # (docs/localization.md). --seed (default 0) draws the photographs; --size (default 96) is the side that the models see.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../run_scripts/environment.sh"
@@ -20,9 +20,8 @@ done
 [ -n "$photos" ] && [ -n "$boxes" ] || { echo "give the images: bash $0 --photos FOLDER --boxes FOLDER" >&2 && exit 2; }
 cls=$runs/simpool/vit_official/seed0/checkpoint.pth
 simpool=$runs/simpool/vit_simpool/seed0/checkpoint.pth
-attmask=$runs/attmask/attmask_high/seed0/checkpoint.pth
-for checkpoint in "$cls" "$simpool" "$attmask"; do
-    [ -e "$checkpoint" ] || { echo "$checkpoint is missing: run experiments/simpool and experiments/attmask first" >&2 && exit 2; }
+for checkpoint in "$cls" "$simpool"; do
+    [ -e "$checkpoint" ] || { echo "$checkpoint is missing: run experiments/simpool first" >&2 && exit 2; }
 done
 use_environment || exit 1
 cd "$root"
@@ -42,7 +41,7 @@ mkdir -p "$output"
 "$PYTHON" visualize_attention.py --pretrained_weights "$cls" "$simpool" --titles "[CLS]" SimPool --untrained \
     --image_path "${drawn[@]}" --image_size "$size" "$size" --output_dir "$work/attention"
 cp "$work/attention/grid.png" "$output/attention.png"
-"$PYTHON" visualize_attention.py --pretrained_weights "$attmask" --masks --mask_ratio 0.4 \
+"$PYTHON" visualize_attention.py --pretrained_weights "$cls" --masks --mask_ratio 0.4 \
     --image_path "${drawn[@]}" --image_size "$size" "$size" --output_dir "$work/masks"
 cp "$work/masks/masks.png" "$output/masks.png"
 for model in cls simpool; do
