@@ -7,9 +7,10 @@
     python eval_localization.py --pretrained_weights checkpoint.pth --data_path photos/ --protocol summary
 
 Works for every model with an attention map: SimPool and the attentive poolings on any backbone, and official ViTs; LOST
-also works for models without one. Boxes: PASCAL VOC (folder or tar), COCO, wsolevaluation's metadata, CSV. Writes
-eval_localization_PROTOCOL.json, a curve, and pictures of 16 images each (best, worst, random) to --output_dir (default:
-the checkpoint's folder). The protocols: evaluation/localization.py and evaluation/discovery.py.
+and, with --map norm, MaxBoxAcc also work for models without one. Boxes: PASCAL VOC (folder or tar), COCO,
+wsolevaluation's metadata, CSV. Writes eval_localization_PROTOCOL.json, a curve, and pictures of 16 images each (best,
+worst, random) to --output_dir (default: the checkpoint's folder). The protocols: evaluation/localization.py and
+evaluation/discovery.py.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from evaluation.level_search import search_levels
 from evaluation.localization import score_map
 from evaluation.map_summary import COLUMNS, MASS, UNIFORM, summarise
 from evaluation.models import LoadedModel, load_checkpoint_model
-from evaluation.object_maps import DINO_SEG_HEAD, choose_head, one_map
+from evaluation.object_maps import DINO_SEG_HEAD, choose_head, norm_map, one_map
 from evaluation.whole_images import bounded, whole_pixels
 from runtime.cli import add_flag, bool_flag, parse_program
 from runtime.distributed import init_distributed_mode, is_main_process, leave
@@ -52,6 +53,10 @@ def get_args_parser() -> argparse.ArgumentParser:
              help="maxboxacc: boxes of the map's contours; dino_seg, lost: one per image; summary: none")  # fmt: skip
     add_flag(group, "--head", type=int, default=None,
              help="the map of one head, from 0 (default: the mean; dino_seg on [CLS] attention: 4)")  # fmt: skip
+    add_flag(group, "--map", choices=("attention", "norm"), default="attention",
+             help="maxboxacc: norm: lengths of the last features, for models without attention")  # fmt: skip
+    add_flag(group, "--image_size", type=int, default=None,
+             help="maxboxacc: side in pixels that images are squashed to (default: the model's)")  # fmt: skip
     add_flag(group, "--multi_contour", type=bool_flag, nargs="?", const=True, default=True,
              help="maxboxacc: true: every contour, MaxBoxAccV2; false: the largest one, V1")  # fmt: skip
     add_flag(group, "--mass", type=float, default=MASS, help="dino_seg: part of the attention that the mask holds")
@@ -99,11 +104,19 @@ def check(args: argparse.Namespace) -> None:
     if args.max_side < 0:
         raise InputError(f"--max_side {args.max_side}: give pixels, or 0 for no limit")
     options.check_side(args, "max_side")
+    options.check_side(args, "image_size")
+    if args.image_size is not None:
+        options.check_positive(args, "image_size")
     used = {
-        "multi_contour": ("maxboxacc",), "mass": ("dino_seg",), "published_components": ("dino_seg",),
+        "map": ("maxboxacc",), "image_size": ("maxboxacc",), "multi_contour": ("maxboxacc",),
+        "mass": ("dino_seg",), "published_components": ("dino_seg",),
         "max_side": ("dino_seg", "lost"), "head": ("maxboxacc", "dino_seg", "summary"),
         "annotations": PROTOCOLS[:3], "image_list": PROTOCOLS[:3], "save_boxes": PROTOCOLS[:3],
     }  # fmt: skip
+    if args.map == "norm" and args.head is not None:
+        raise InputError(
+            f"--head {args.head} with --map norm: lengths of features have no heads; leave one of them out"
+        )
     parser = get_args_parser()
     for name, protocols in used.items():
         if getattr(args, name) != parser.get_default(name) and args.protocol not in protocols:
@@ -139,6 +152,8 @@ def maps_of(args: argparse.Namespace, loaded: LoadedModel, head: int | None, ima
     """Maps (B, h, w) of normalised images (B, C, H, W)."""
     dtype = options.AMP_DTYPES[args.amp or "none"]
     with torch.no_grad(), torch.autocast(images.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+        if args.map == "norm":
+            return norm_map(loaded.model, images)
         return one_map(loaded.model.get_attention_map(images), head)
 
 
@@ -147,7 +162,7 @@ def maps_of(args: argparse.Namespace, loaded: LoadedModel, head: int | None, ima
 
 def localise(args: argparse.Namespace, loaded: LoadedModel, folder: Path) -> None:
     """One of the protocols that compare boxes: tables, curve, pictures and JSON."""
-    head = None if args.protocol == "lost" else chosen_head(args, loaded)
+    head = None if args.protocol == "lost" or args.map == "norm" else chosen_head(args, loaded)
     channels = options.channels(loaded.config)
     images = open_boxes(
         args.data_path, args.annotations, args.image_list, channels, args.num_workers, args.on_bad_image
@@ -174,7 +189,7 @@ def localise(args: argparse.Namespace, loaded: LoadedModel, folder: Path) -> Non
         ):
             say(f"pictures: {path}")
     settings |= {"amp": args.amp or "none", "on_bad_image": args.on_bad_image}
-    if args.protocol != "lost":
+    if args.protocol != "lost" and args.map == "attention":
         settings["head"] = "mean" if head is None else head
     data = {"data_path": str(args.data_path), "image_list": args.image_list, **outcome.data()}
     write(args, loaded, folder, data, settings, results)
@@ -184,7 +199,9 @@ def max_box_acc(
     args: argparse.Namespace, loaded: LoadedModel, images: BoxedImages, head: int | None
 ) -> tuple[Outcome, View, dict[str, Any], Kind]:
     """MaxBoxAccV2, or V1 if only the largest contour counts."""
-    side = options.input_side(loaded.config)
+    side, channels = args.image_size or options.input_side(loaded.config), options.channels(loaded.config)
+    with input_errors(f"--image_size {side}"):  # a size that the model can't take
+        maps_of(args, loaded, head, torch.zeros(1, channels, side, side, device=args.torch_device))
     found = search_levels(
         images, lambda x: maps_of(args, loaded, head, x), side=side, device=args.torch_device,
         batch_size=args.batch_size_per_gpu, num_workers=args.num_workers, multi_contour=args.multi_contour,
@@ -196,7 +213,7 @@ def max_box_acc(
         squashed = normalize(resize_bilinear(pixels, side).to(args.torch_device))
         return pixels, torch.from_numpy(score_map(maps_of(args, loaded, head, squashed)[0]))
 
-    settings = {"multi_contour": args.multi_contour, "img_size": side, "resize": "squashed, bilinear"}
+    settings = {"map": args.map, "multi_contour": args.multi_contour, "img_size": side, "resize": "squashed, bilinear"}
     return box_results.max_box_outcome(found), view, settings, box_results.MAX_BOX
 
 

@@ -43,6 +43,12 @@ def one_map(attention: Tensor, head: int | None) -> Tensor:
     return attention.float().mean(1) if head is None else attention[:, head].float()
 
 
+def norm_map(model: nn.Module, images: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, h, w), float32: the length of each position's last feature, after the final norm if any."""
+    features, size = model.forward_features(images), tuple(images.shape[-2:])
+    return model.positions(features).float().norm(dim=-1).unflatten(-1, model.grid_of(features, size))
+
+
 def padded(image: Tensor, step: int) -> Tensor:
     """(B, C, H, W) with zeros to the right and below, so that both sides are multiples of `step`."""
     height, width = image.shape[-2:]

@@ -46,7 +46,7 @@ cp "$work/attention/grid.png" "$output/attention.png"
 cp "$work/masks/masks.png" "$output/masks.png"
 for model in cls simpool; do
     "$PYTHON" eval_localization.py --pretrained_weights "${!model}" --data_path "$boxes" --protocol maxboxacc \
-        --img_size "$size" --output_dir "$work/$model"
+        --image_size "$size" --output_dir "$work/$model"
     cp "$work/$model/eval_localization_maxboxacc_random.png" "$output/boxes_$model.png"
 done
 echo "pictures: $output"

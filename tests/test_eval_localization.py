@@ -74,6 +74,40 @@ def test_maxboxacc_is_that_of_the_public_functions(voc, tmp_path, capsys, mode, 
         assert words in printed
 
 
+def test_lengths_of_features_in_place_of_attention(voc, tmp_path):
+    """--map norm: MaxBoxAcc of a model without attention is that of the lengths of its last features."""
+    checkpoint = tiny_checkpoint(tmp_path / "run" / "checkpoint.pth", "gap")
+    flags = ["--pretrained_weights", checkpoint, "--data_path", voc]
+    with pytest.raises(InputError, match="no attention map"):
+        evaluate("maxboxacc", *flags)
+    assert evaluate("maxboxacc", *flags, "--map", "norm") == 0
+    images, model = open_boxes(voc), load_checkpoint_model(checkpoint).model
+    with torch.no_grad():
+        squashed = [normalize(resize_bilinear(whole_pixels(images.source, i), 32)) for i in range(len(images))]
+        maps = [model.forward_dense(x)[1][0].norm(dim=1).unflatten(0, (-1, 32 // model.patch_size)) for x in squashed]
+    expected = max_box_accuracy(maps, images.sizes.tolist(), [images.truths(i).tolist() for i in range(len(images))])
+    written = results_of(checkpoint.parent, "maxboxacc")
+    assert written["settings"]["map"] == "norm"
+    assert written["results"]["accuracy"]["mean"] == expected["mean"]
+    with pytest.raises(InputError, match="have no heads"):
+        evaluate("maxboxacc", *flags, "--map", "norm", "--head", "0")
+
+
+def test_images_of_another_size_than_in_training(voc, checkpoint):
+    """--image_size: MaxBoxAcc of maps of larger squashed images; a size that the model can't take is named."""
+    flags = ["--pretrained_weights", checkpoint, "--data_path", voc]
+    assert evaluate("maxboxacc", *flags, "--image_size", "64") == 0
+    images, model = open_boxes(voc), load_checkpoint_model(checkpoint).model
+    with torch.no_grad():
+        squashed = [normalize(resize_bilinear(whole_pixels(images.source, i), 64)) for i in range(len(images))]
+        maps = [model.get_attention_map(x)[0].mean(0) for x in squashed]
+    expected = max_box_accuracy(maps, images.sizes.tolist(), [images.truths(i).tolist() for i in range(len(images))])
+    written = results_of(checkpoint.parent, "maxboxacc")
+    assert (written["settings"]["img_size"], written["results"]["accuracy"]["mean"]) == (64, expected["mean"])
+    with pytest.raises(InputError, match="--image_size 65"):
+        evaluate("maxboxacc", *flags, "--image_size", "65")
+
+
 @pytest.mark.parametrize("protocol", ["dino_seg", "lost"])
 def test_corloc_is_that_of_the_public_functions(voc, checkpoint, protocol):
     """Boxes equal those of dino_seg_box and lost_box on the model's own maps and keys at the image's resolution."""
