@@ -181,7 +181,8 @@ def write_galleries(outcome: Outcome, view: View, title: str, path_of: Callable[
     shown = (*box_figures.extremes(outcome.iou), box_figures.at_random(len(outcome.iou)))
     for rows, which in zip(shown, ("best", "worst", "random"), strict=True):
         tiles = [_tile(outcome, int(row), view) for row in rows]
-        heading = f"{title}: the {len(rows)} {which} of {len(outcome.iou)} images"
+        count = f"{len(rows)} random ones" if which == "random" else f"the {len(rows)} {which}"
+        heading = f"{title}: {count} of {len(outcome.iou)} images"
         written.append(box_figures.write_gallery(tiles, heading, path_of(which)))
     return written
 

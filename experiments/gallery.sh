@@ -38,15 +38,19 @@ for path in random.Random(int(sys.argv[2])).sample(photos, min(int(sys.argv[3]),
 PY
 )
 mkdir -p "$output"
+keep() { # picture, name: a JPEG of it, because the pages of a repository should load fast
+    "$PYTHON" -c 'import sys; from PIL import Image; Image.open(sys.argv[1]).convert("RGB").save(sys.argv[2], quality=85)' \
+        "$1" "$output/$2.jpg"
+}
 "$PYTHON" visualize_attention.py --pretrained_weights "$cls" "$simpool" --titles "[CLS]" SimPool --untrained \
     --image_path "${drawn[@]}" --image_size "$size" "$size" --output_dir "$work/attention"
-cp "$work/attention/grid.png" "$output/attention.png"
+keep "$work/attention/grid.png" attention
 "$PYTHON" visualize_attention.py --pretrained_weights "$cls" --masks --mask_ratio 0.4 \
     --image_path "${drawn[@]}" --image_size "$size" "$size" --output_dir "$work/masks"
-cp "$work/masks/masks.png" "$output/masks.png"
+keep "$work/masks/masks.png" masks
 for model in cls simpool; do
     "$PYTHON" eval_localization.py --pretrained_weights "${!model}" --data_path "$boxes" --protocol maxboxacc \
         --image_size "$size" --output_dir "$work/$model"
-    cp "$work/$model/eval_localization_maxboxacc_random.png" "$output/boxes_$model.png"
+    keep "$work/$model/eval_localization_maxboxacc_random.png" "boxes_$model"
 done
 echo "pictures: $output"

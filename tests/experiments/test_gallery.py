@@ -19,7 +19,7 @@ def draw(*flags: object) -> subprocess.CompletedProcess:
 
 @pytest.mark.full
 def test_every_picture_is_drawn(tmp_path):
-    """Maps, masks and boxes of the runs' models, as PNGs; the drawn photographs follow from the seed alone."""
+    """Maps, masks and boxes of the runs' models, as JPEGs; the drawn photographs follow from the seed alone."""
     for mode in ("official", "simpool"):
         tiny_checkpoint(tmp_path / "runs" / "simpool" / f"vit_{mode}" / "seed0" / "checkpoint.pth", mode)
     boxes = boxed_folder(tmp_path / "VOC", count=8)
@@ -29,8 +29,8 @@ def test_every_picture_is_drawn(tmp_path):
         done = draw(*flags, "--output_dir", tmp_path / folder, "--seed", seed)
         assert done.returncode == 0, done.stdout + done.stderr
         pictures[folder] = {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()}
-    assert sorted(pictures["one"]) == ["attention.png", "boxes_cls.png", "boxes_simpool.png", "masks.png"]
-    assert pictures["one"]["attention.png"] == pictures["same"]["attention.png"] != pictures["other"]["attention.png"]
+    assert sorted(pictures["one"]) == ["attention.jpg", "boxes_cls.jpg", "boxes_simpool.jpg", "masks.jpg"]
+    assert pictures["one"]["attention.jpg"] == pictures["same"]["attention.jpg"] != pictures["other"]["attention.jpg"]
 
 
 @pytest.mark.parametrize(
